@@ -13,8 +13,8 @@ figures, summary.json, tokens.npz (one flat array per quantity over all completi
 The gate, the magnitude and both passes are egrsd.py's own functions: no picture can show a gate that does not train.
 
 Reference of the teacher (D14): the data's worked solution; else another right completion of the same problem, without
-its thinking; else the bare answer. Batch of Eq. 5 (D15): the training step, or 32 consecutive completions. The rollouts
-of a run are scored by its newest checkpoint at or before their step: the policy that sampled them is not kept.
+its thinking; else the bare answer. Batch of Eq. 5 (D15): the training step, or 32 consecutive completions. The
+student of a run's rollouts is the policy that sampled them (the run keeps its log-probabilities), or a given --adapter.
 """
 import argparse
 import base64
@@ -123,27 +123,24 @@ def read_rows(path: str, keys: tuple[str, ...]) -> list[dict]:
 
 
 def run_rows(path: str, limit: int) -> list[dict]:
-    """The first rollouts of a run, in whole steps, each with the newest checkpoint at or before its step."""
-    rows = read_rows(path, ("step", "prompt_ids", "completion_ids", "problem", "correct", "advantage"))
-    saved = sorted(int(folder.name[5:]) for folder in Path(path).parent.glob("step_*"))
-    steps = {row["step"]: max((n for n in saved if n <= row["step"]), default=0) for row in rows[: limit or None]}
-    return [{"answer": "", "solution": "", **row, "batch": row["step"], "key": row["id"],
-             "adapter": str(Path(path).parent / f"step_{steps[row['step']]}") if steps[row["step"]] else ""}
+    """The first rollouts of a run, in whole steps."""
+    rows = read_rows(path, ("step", "prompt_ids", "completion_ids", "engine_logps", "problem", "correct", "advantage"))
+    steps = {row["step"] for row in rows[: limit or None]}
+    return [{"answer": "", "solution": "", **row, "batch": row["step"], "key": row["id"]}
             for row in rows if row["step"] in steps]
 
 
 def eval_rows(path: str, limit: int) -> list[dict]:
     """Samples of eval.py --save_ids; the benchmarks' problems are kept apart."""
     rows = read_rows(path, ("id", "gold", "problem", "text", "correct", "prompt_ids", "completion_ids"))
-    return [{**row, "key": (row.get("benchmark"), row["id"]), "adapter": "", "answer": str(row["gold"]),
+    return [{**row, "key": (row.get("benchmark"), row["id"]), "answer": str(row["gold"]),
              "solution": row.get("solution") or ""} for row in rows[: limit or None]]
 
 
 def sampled_rows(model, tokenizer, o: argparse.Namespace, s: Settings, device: torch.device) -> list[dict]:
     """A completion, now, for each of --limit problems, with the sampling settings of training."""
     problems = load_problems(s.data, s)
-    rows = [{**row, "key": row["id"], "adapter": o.adapter, "prompt_ids":
-             encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking)}
+    rows = [{**row, "key": row["id"], "prompt_ids": encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking)}
             for row in random.Random(s.seed).sample(problems, min(o.limit or len(problems), len(problems)))]
     ends = egrsd.end_tokens(model, tokenizer)
     engine, why = egrsd.choose_engine(s, device)
@@ -159,11 +156,10 @@ def sampled_rows(model, tokenizer, o: argparse.Namespace, s: Settings, device: t
     drawn = egrsd.sample(generate, 1, [row["prompt_ids"] for row in rows],
                          [egrsd.rollout_seed(s.seed, "diagnostics", i) for i in range(len(rows))],
                          temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_new=s.max_completion)
-    texts = []
     for row, (ids, _) in zip(rows, drawn):
-        row |= {"completion_ids": ids, "text": tokenizer.decode(ids[:-1] if ids[-1] in ends else ids)}
-        texts.append("<think>" * egrsd.prompt_opens_think(tokenizer, row["prompt_ids"]) + row["text"])
-    for row, grade in zip(rows, egrsd.grade_completions(texts, [row["answer"] for row in rows])):
+        row |= {"completion_ids": ids, **egrsd.read_completion(tokenizer, row["prompt_ids"], ids, ends)}
+    texts, golds = [row["graded_text"] for row in rows], [row["answer"] for row in rows]
+    for row, grade in zip(rows, egrsd.grade_completions(texts, golds)):
         row["correct"] = grade.correct
     return rows
 
@@ -279,13 +275,15 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
     o.note += give_prompts(rows, tokenizer, s)
     check_rows(rows, model, s)
 
+    kept = bool(o.rollouts and not o.adapter)
+    if kept and s.logit_temperature != 1:
+        fail("the run kept log-probabilities at temperature 1 and had another --logit_temperature: give --adapter")
     columns, other, batches = collections.defaultdict(list), [], collections.defaultdict(list)
     for row in rows:
         batches[row["batch"]].append(row)
     rows = sum(batches.values(), [])
     for batch in tqdm(batches.values(), desc="passes", unit="batch"):
-        use_student(model, o.adapter or batch[0]["adapter"])
-        student = student_pass(model, batch, s)
+        student = [np.asarray(row["engine_logps"]) for row in batch] if kept else student_pass(model, batch, s)
         teacher_logp, H = (part.cpu().numpy() for part in teacher_pass(model, batch, s))  # (B, T), (B, T)
         misled = [{**row, "teacher_ids": row["other_ids"]} for row in batch]
         other_logp = teacher_pass(model, misled, s)[0].cpu().numpy()  # (B, T)
@@ -309,7 +307,7 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
                                   np.array([row["correct"] for row in rows]), follows(flat, text, o.result_after))
     context = {"settings": dataclasses.asdict(s), "advantages": origin, "references": references, "note": o.note,
                "source": o.rollouts or o.samples or f"sampled now, with the problems of {Path(s.data).name}",
-               "model": s.model, "student": sorted({o.adapter or row["adapter"] or "the base model" for row in rows}),
+               "model": s.model, "student": "the policy that sampled them" if kept else o.adapter or "the base model",
                "control": control, "token_text": {str(i): piece for i, piece in text.items()},
                "rollouts": [{key: row.get(key) for key in ("id", "batch", "correct", "problem")} for row in rows]}
     write_json(out / "context.json", context)

@@ -15,7 +15,7 @@ teacher. Every sampled token is then pushed up or down by the product of three s
     torchrun --nproc_per_node 8 egrsd.py --gamma 1.0 --W 5          # the paper's CL-EGRSD on Qwen3-8B
 
 Symbols (the paper's)                           Shapes
-    x, s*   problem, its reference solution         B   rollouts: 32 in the step, or those of one rank
+    x, s*   problem, its reference solution         B   rollouts of this rank; b: of one micro-batch
     y       sampled completion, |y| its length      T   tokens of the longest completion, right-padded
     r, A    reward, advantage; D = sign(A)          N   completion tokens of a micro-batch, without pads
     p_T     teacher: adapter off, sees x and s*     V   vocabulary, d hidden size
@@ -23,8 +23,8 @@ Symbols (the paper's)                           Shapes
     H       teacher entropy in nats                 M   completion tokens of the whole step (sum of the masks)
     delta   log p_T(y) - log p_S(y), in nats
 
-Where the paper is silent we had to decide: the tags D1 to D15, listed in README.md, mark where. The file reads in the
-order in which the data flows, and "Alg. 1, line n" marks each line of the paper's Algorithm 1 once.
+Where the paper is silent we had to decide: tags like [D1], explained in README.md, mark where. The mathematics comes
+first, then everything in the order in which the data flows; "Alg. 1, line n" marks each line of Algorithm 1 once.
 """
 import argparse
 import atexit
@@ -46,6 +46,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +59,57 @@ from torch import Tensor
 from grading import Grade, answers_match, extract_answer, grade_completions  # noqa: F401  for all who import egrsd
 
 HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun gives one per GPU; a single process takes the same path, where these do nothing.
+
+
+def rank_and_world() -> tuple[int, int]:
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(items: list) -> list:
+    """The lists of all ranks, one after another, on every rank."""
+    if rank_and_world()[1] == 1:
+        return items
+    parts = [None] * rank_and_world()[1]
+    dist.all_gather_object(parts, items)
+    return sum(parts, [])
+
+
+def barrier() -> None:
+    """No rank passes before all have arrived."""
+    gather([])
+
+
+def reduce_(value: Tensor, op: str = "SUM") -> Tensor:
+    """All-reduce in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(value, getattr(dist.ReduceOp, op))
+    return value
+
+
+def start_processes() -> torch.device:
+    """Join torchrun's processes, if any. -> this rank's GPU, or the CPU"""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if rank_and_world()[1] > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return device
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Rank 0 of each machine does the block before its siblings do: one download, not eight."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: one dataclass, one parser. Each default is followed by where it comes from.
@@ -123,7 +175,7 @@ class Settings:
     lr: float = opt("step", 5e-6, "learning rate of AdamW, constant")  # Table A1, D11
     max_grad_norm: float = opt("step", 0.1, "the step's gradient is clipped to this norm")  # Table A1
     max_length: int = opt("step", 20_000, "most tokens of prompt + completion; longer are skipped")  # Table A1, D10
-    micro_batch_tokens: int = opt("step", 8_192, "padded tokens of one forward pass; the result is the same")  # ours
+    micro_batch_tokens: int = opt("step", 4_096, "padded tokens of one forward pass; the result is the same")  # ours
     head_chunk: int = opt("step", 4_096, "tokens of one pass over the head; the result is the same")  # ours
 
     rollout: str = opt("rollout", "auto", "engine: vllm, hf (transformers) or auto")  # ours
@@ -173,7 +225,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     own = {"out": out, "resume": False, "overwrite": False, "wandb": ""}
     parser.set_defaults(**{**PRESETS[first.preset], **run, **own})
     s = Settings(**vars(parser.parse_args(argv)))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = rank_and_world()[1]
     changed = [f"--{key} {getattr(s, key)!r} (it has {value!r})" for key, value in run.items()
                if key not in FREE_ON_RESUME and getattr(s, key) != value]
     for wrong, sentence in [
@@ -204,7 +256,23 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 def fail(sentence: str) -> NoReturn:
     """End the program with a sentence that says what is wrong and what to do."""
-    raise SystemExit(f"egrsd: {sentence}")
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {sentence}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def progress(**how: object):
+    from tqdm import tqdm
+    return tqdm(disable=rank_and_world()[0] > 0, **how)
+
+
+def say(text: str) -> None:
+    """Print on rank 0, above the progress bar."""
+    from tqdm import tqdm
+    if rank_and_world()[0] == 0:
+        tqdm.write(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +306,7 @@ def shaped_reward(correct: bool, length: int, max_completion: int, beta_L: float
 
 
 class RewardStats:
-    """Running mean and sample standard deviation (n - 1) of all rewards so far, by Welford's algorithm. Eq. 9, D4."""
+    """Running mean and sample standard deviation (n - 1) of all rewards so far, by Welford's algorithm. Eq. 9 [D4]."""
 
     def __init__(self) -> None:
         self.count, self.mean, self._m2 = 0, 0.0, 0.0  # _m2: sum of squared distances from the mean
@@ -257,7 +325,7 @@ class RewardStats:
             self._m2 += distance * (r - self.mean)
 
     def advantages(self, rewards: Iterable[float] | Tensor, step: int) -> Tensor:
-        """(B,) A = (r - mean) / std over EARLIER steps: call before update(). Steps 0..9 use r - 0.5. Eq. 9, D4.
+        """(B,) A = (r - mean) / std over EARLIER steps: call before update(). Steps 0..9 use r - 0.5. Eq. 9 [D4].
 
         While std < 1e-6 (all rewards so far were equal) the difference is divided by 1 instead.
         """
@@ -293,7 +361,7 @@ def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, W: int,
     """(B, T) omega = clip(1 - gamma * H_hat, 0.1, 1) on real tokens, 0 on pads. Eq. 5, 6, 8.
 
     `entropy` (B, T) is the teacher's, in nats. `max_entropy` is the largest raw entropy of the whole step where that
-    spans more than this tensor (D2). The denominator is the maximum BEFORE the lookahead, at least 1 nat (D1).
+    spans more than this tensor [D2]. The denominator is the maximum BEFORE the lookahead, at least 1 nat [D1].
     """
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
@@ -308,7 +376,7 @@ def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, W: int,
 def evidence_magnitude(teacher_logp: Tensor, student_logp: Tensor, direction: Tensor, eps: float = 0.2) -> Tensor:
     """(B, T) w = clip(exp(D * delta), 1 - eps, 1 + eps), detached, from two (B, T) log-probabilities in nats. Eq. 2.
 
-    `direction` is D = sign(A), (B,). D = 0 gives w = 1 (D5).
+    `direction` is D = sign(A), (B,). D = 0 gives w = 1 [D5].
     """
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
@@ -332,9 +400,9 @@ def token_advantages(advantages: Tensor, magnitude: Tensor, gate: Tensor, mask: 
 
 
 # The head is most of a naive trainer's memory: [N, V] float32 logits of 4 x 1,024 tokens are 2.5 GB at V = 151,936,
-# and autograd keeps several such tensors. Here `chunk` tokens at a time meet 8,192 rows of W at a time; what stays of a
-# tile are the running sums of an online softmax. Nothing of size N x V ever exists, and the student needs no autograd:
-#     d log p(y) / d hidden = W[y] - sum_v p(v) W[v]
+# and autograd keeps several such tensors. Here `chunk` tokens are multiplied by 8,192 rows of the head at a time, and
+# only the running sums of an online softmax outlive a tile. The student needs no autograd in here either:
+#     d log p(y) / d hidden = head[y] - sum_v p(v) head[v]
 VOCAB_TILE = 8_192  # ours: fastest of the sizes tried
 
 
@@ -359,31 +427,25 @@ def _head_pass(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int,
     all_logp = hidden.new_empty(N, dtype=torch.float32)  # (N,)
     extra = hidden.new_empty((N, d) if gradient else (N,), dtype=torch.float32)  # dlogp/dhidden or H
     for rows in torch.arange(N, device=hidden.device).split(chunk):
-        h, y = hidden[rows], targets[rows]  # (n, d), (n,)
-        top = h.new_full((len(rows), 1), -math.inf, dtype=torch.float32)  # running maximum of the logits
+        h, head_y = hidden[rows], head_weight[targets[rows]].float()  # (n, d), (n, d)
+        z_y = (h.float() * head_y).sum(1, keepdim=True)  # (n, 1), the target's logit
+        top = h.new_full((len(rows), 1), -1e30, dtype=torch.float32)  # running maximum; finite, as -inf - -inf is NaN
         total = torch.zeros_like(top)  # sum_v e^(z_v - top)
-        z_y = torch.zeros_like(top)  # logit of the target
-        moment = torch.zeros_like(top) if not gradient else h.new_zeros(h.shape, dtype=torch.float32)
-        for low in range(0, V, VOCAB_TILE):
-            W_tile = head_weight[low : low + VOCAB_TILE]  # (v, d)
-            z = _matmul(h, W_tile.T)  # (n, v)
+        moment = h.new_zeros(h.shape if gradient else (len(rows), 1), dtype=torch.float32)
+        for tile in head_weight.split(VOCAB_TILE):  # (v, d)
+            z = _matmul(h, tile.T)  # (n, v)
             new_top = torch.maximum(top, z.amax(1, keepdim=True))
-            shift = (top - new_top).masked_fill(top == -math.inf, 0.0)  # <= 0: how far the old sums must be scaled down
-            here = (y >= low) & (y < low + len(W_tile))  # (n,) targets inside this tile
-            z_y = torch.where(here[:, None], z.gather(1, (y - low).clamp(0, len(W_tile) - 1)[:, None]), z_y)
+            shift = top - new_top  # <= 0: the old sums shrink by e^shift
             z -= new_top
             e = z.exp()  # (n, v)
-            if gradient:  # moment = sum_v e^(z_v - top) W[v]
-                moment = moment * shift.exp() + _matmul(e.to(W_tile.dtype), W_tile)
-            else:  # moment = sum_v e^(z_v - top) (z_v - top); relative to top, so that large logits cancel exactly
-                moment = (moment + shift * total) * shift.exp() + (z.masked_fill_(e == 0, 0.0) * e).sum(1, keepdim=True)
+            if gradient:  # moment = sum_v e^(z_v - top) head[v]
+                moment = moment * shift.exp() + _matmul(e.to(tile.dtype), tile)
+            else:  # moment = sum_v e^(z_v - top) (z_v - top)
+                moment = (moment + shift * total) * shift.exp() + (z * e).sum(1, keepdim=True)
             total = total * shift.exp() + e.sum(1, keepdim=True)
             top = new_top
         all_logp[rows] = (z_y - top - total.log()).squeeze(1)
-        if gradient:
-            extra[rows] = head_weight[y].float() - moment / total
-        else:
-            extra[rows] = (total.log() - moment / total).squeeze(1)
+        extra[rows] = head_y - moment / total if gradient else (total.log() - moment / total).squeeze(1)
     _check("head_weight or hidden", all_logp, (N,))
     return all_logp, extra
 
@@ -399,7 +461,7 @@ def logprob_and_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, ch
 
 @torch.no_grad()
 def logprob_and_gradient(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """(N,) log p(target) and its (N, d) gradient with respect to `hidden`, W[y] - E_softmax[W]; both float32.
+    """(N,) log p(target) and its (N, d) gradient with respect to `hidden`, head[y] - E_softmax[head]; float32.
 
     Shapes as in logprob_and_entropy. Eq. 7 is then one call: hidden.backward(-(A_hat / M)[:, None] * gradient).
     """
@@ -407,83 +469,37 @@ def logprob_and_gradient(hidden: Tensor, head_weight: Tensor, targets: Tensor, c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes: torchrun gives one per GPU; a single process takes the same path, where these do nothing.
-
-
-def rank_and_world() -> tuple[int, int]:
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def gather(items: list) -> list:
-    """The lists of all ranks, one after another, on every rank."""
-    if rank_and_world()[1] == 1:
-        return items
-    parts = [None] * rank_and_world()[1]
-    dist.all_gather_object(parts, items)
-    return sum(parts, [])
-
-
-def reduce_(value: Tensor, op: str = "SUM") -> Tensor:
-    """All-reduce in place."""
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(value, getattr(dist.ReduceOp, op))
-    return value
-
-
-def start_processes() -> torch.device:
-    """Join torchrun's processes, if any. -> this rank's GPU, or the CPU"""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if rank_and_world()[1] > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return device
-
-
-@contextlib.contextmanager
-def first_rank_first() -> Iterator[None]:
-    """Rank 0 of each machine does the block before its siblings do: one download, not eight."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        gather([])
-    yield
-    if first:
-        gather([])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Data and prompts
 
 
-def load_problems(source: str, s: Settings) -> list[dict[str, str]]:
+def load_problems(source: str, s: Settings, option: str = "--data") -> list[dict[str, str]]:
     """[{id, problem, solution, answer}] of a hub id or a JSON, JSONL or Parquet file; exits with a sentence if bad."""
     import datasets
     datasets.disable_progress_bars()
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix.lower())
     if kind and not Path(source).is_file():
-        fail(f"--data {source}: there is no such file")
+        fail(f"{option} {source}: there is no such file")
     try:
         local = {"path": kind, "data_files": source, "split": "train"}
         table = datasets.load_dataset(**(local if kind else {"path": source, "split": s.split}))
     except Exception as error:  # datasets raises a dozen types; each means that there is nothing to train on
-        fail(f"--data {source} cannot be read ({type(error).__name__}: {first_line(error)}). It takes a hub id, or a "
+        fail(f"{option} {source} cannot be read ({type(error).__name__}: {first_line(error)}). It takes a hub id, or a "
              ".json, .jsonl or .parquet file with one problem a row")
     column = {}
     for field in ("problem", "solution", "answer"):
         wanted = getattr(s, f"{field}_column")
         column[field] = next((name for name in table.column_names if name.lower() == wanted.lower()), None)
         if not column[field]:
-            fail(f"--data {source} has no column {wanted!r}; it has {', '.join(table.column_names) or 'none'}. Name "
+            fail(f"{option} {source} has no column {wanted!r}; it has {', '.join(table.column_names) or 'none'}. Name "
                  f"the right one with --{field}_column")
     text = lambda value: "" if value is None else str(value).strip()  # noqa: E731
     rows = [{"id": str(row.get("id", n)), **{field: text(row[name]) for field, name in column.items()}}
             for n, row in enumerate(table)]
     if not rows:
-        fail(f"--data {source} is empty")
+        fail(f"{option} {source} is empty")
     for field in column:
         if empty := [row["id"] for row in rows if not row[field]]:
-            fail(f"--data {source}: {len(empty)} of {len(rows)} rows have an empty {field} (the first: "
+            fail(f"{option} {source}: {len(empty)} of {len(rows)} rows have an empty {field} (the first: "
                  f"{', '.join(empty[:5])}). The teacher needs a solution and the reward an answer: remove these rows")
     return rows
 
@@ -494,7 +510,7 @@ def fill(template: str, row: dict[str, str]) -> str:
 
 
 def encode_prompt(tokenizer, content: str, thinking: bool) -> list[int]:
-    """Token ids of one user turn and the generation prefix: the only prompt format, for both roles and for eval. D7
+    """Token ids of one user turn and the generation prefix: the only prompt format, for both roles and for eval. [D7]
 
     A base model without a chat template gets the plain text and a line break. No control token in `content` counts: it
     is cut after the first character of each, so that "<|im_end|>" in a problem is text and cannot end its turn.
@@ -515,9 +531,15 @@ def encode_prompt(tokenizer, content: str, thinking: bool) -> list[int]:
     return [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False).input_ids]
 
 
-def prompt_opens_think(tokenizer, prompt_ids: list[int]) -> bool:
-    """Does the generation prefix itself open <think>, so that the completion starts inside it? D12"""
-    return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
+def read_completion(tokenizer, prompt_ids: list[int], ids: list[int], ends: list[int]) -> dict[str, str | bool]:
+    """The text of a completion, the text to grade, and whether the cap cut it.
+
+    Where the generation prefix itself opens <think>, the completion starts inside it; so must the graded text. [D12]
+    """
+    truncated = ids[-1] not in ends
+    text = tokenizer.decode(ids if truncated else ids[:-1])
+    opened = tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
+    return {"text": text, "graded_text": "<think>" * opened + text, "truncated": truncated}
 
 
 @functools.lru_cache(maxsize=2)
@@ -537,7 +559,7 @@ def next_problems(problems: list[dict], tokenizer, s: Settings, position: int) -
         if max(len(prompt_ids), len(teacher_ids)) + s.max_completion <= s.max_length:
             batch.append({**row, "prompt_ids": prompt_ids, "teacher_ids": teacher_ids})
             continue
-        skipped.append(row["id"])  # D10: never cut, since a cut reference is a different experiment
+        skipped.append(row["id"])  # [D10] never cut, since a cut reference is a different experiment
         if len(skipped) == len(problems):
             fail(f"no problem fits: prompt and --max_completion {s.max_completion} exceed --max_length {s.max_length}")
     return batch, position, skipped
@@ -545,10 +567,6 @@ def next_problems(problems: list[dict], tokenizer, s: Settings, position: int) -
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model: base weights frozen (bfloat16 on a GPU), adapter float32. The teacher is the same model with the adapter off.
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def load_tokenizer(s: Settings):
@@ -565,7 +583,7 @@ def load_base(s: Settings, device: torch.device):
     """The frozen base model on `device`; exits with a sentence where it is not there, or too big for a CPU."""
     from transformers import AutoModelForCausalLM
     local, billions = Path(s.model).is_dir(), re.search(r"(\d+(?:\.\d+)?)B\b", s.model, re.IGNORECASE)
-    if device.type == "cpu" and not local and billions and float(billions[1]) >= 2:  # before anything is fetched
+    if device.type == "cpu" and not local and billions and float(billions[1]) >= 2:  # by its name, before any fetch
         fail(f"--model {s.model} needs a GPU, and none was found. Without one: python egrsd.py --preset tiny")
     try:
         with first_rank_first():
@@ -582,7 +600,7 @@ def load_base(s: Settings, device: torch.device):
 
 
 def add_adapter(model, s: Settings):
-    """The PEFT model with a fresh float32 LoRA adapter whose B is 0: student and base start equal. Section 5.1, D11"""
+    """The PEFT model with a fresh float32 LoRA adapter with B = 0: student and base start equal. Section 5.1 [D11]"""
     from peft import LoraConfig, get_peft_model
     targets = [name.strip() for name in s.lora_targets.split(",")]
     names = [f".{name}" for name, _ in model.named_modules()]
@@ -607,7 +625,7 @@ def head_weight(model) -> Tensor:
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 products on a GPU although the adapter is float32; float32 throughout on a CPU. D11"""
+    """bfloat16 products on a GPU although the adapter is float32; float32 throughout on a CPU. [D11]"""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -621,7 +639,7 @@ def hidden_states(model, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model, s: Settings) -> None:
-    """Refuse a model whose logits are not hidden @ W.T (soft-capped, scaled, biased): our head is wrong for it. D13"""
+    """Refuse a model whose logits are not hidden @ W.T (soft-capped, scaled, biased). [D13]"""
     W = head_weight(model)
     ids = torch.randint(0, W.shape[0], (1, 8), generator=torch.Generator().manual_seed(0)).to(W.device)
     with autocast(W.device):
@@ -629,7 +647,7 @@ def check_head(model, s: Settings) -> None:
     distance = ((theirs - _matmul(hidden_states(model, ids)[0].to(W.dtype), W.T)).norm() / theirs.norm()).item()
     if not distance < (1e-3 if W.dtype == torch.float32 else 2e-2):
         fail(f"--model {s.model}: its logits are not hidden @ W.T (relative distance {distance:.2g}); a soft-capped, "
-             "scaled or biased head is not supported (D13)")
+             "scaled or biased head is not supported [D13]")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -687,7 +705,7 @@ def hf_generate(model, ends: list[int], prompts: list[list[int]], seeds: list[in
                                  logits_processor=[add_noise])
         logps = torch.stack(raw_logps, 1).tolist()
         for i, row in enumerate(out[:, width:].tolist()):
-            n = next((k + 1 for k, token in enumerate(row) if token in ends), len(row))  # D9: the end token counts
+            n = next((k + 1 for k, token in enumerate(row) if token in ends), len(row))  # [D9] the end token counts
             yield start + i, row[:n], logps[i][:n]
 
 
@@ -725,7 +743,7 @@ def tensor_parallel(s: Settings, config) -> int:
     Decoding a few sequences is bound by reading the weights, of which each of the ranks then reads only its part.
     """
     here, heads, kv = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.num_attention_heads, config.num_key_value_heads
-    fits = [n for n in range(1, here + 1) if here % n == 0 == heads % n and (kv % n == 0 or n % kv == 0)]
+    fits = [n for n in range(1, here + 1) if here % n == 0 and heads % n == 0 and (kv % n == 0 or n % kv == 0)]
     if s.rollout_tp and s.rollout_tp not in fits:
         fail(f"--rollout_tp {s.rollout_tp}: {here} processes on this machine and the model's heads allow {fits}")
     return s.rollout_tp or max(fits)
@@ -734,16 +752,16 @@ def tensor_parallel(s: Settings, config) -> int:
 def kv_cache_bytes(s: Settings, config, device: torch.device, tp: int) -> int:
     """Room for the step's rollouts and for one sequence of full length, and no more, since training needs the rest."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = -(-config.num_key_value_heads // tp)  # of this rank, rounded up
+    heads = math.ceil(config.num_key_value_heads / tp)  # of this rank
     per_token = 2 * config.num_hidden_layers * heads * head_dim * (2 if device.type == "cuda" else 4)
-    in_flight = s.batch_size * tp // rank_and_world()[1] * 2 * s.max_completion
+    in_flight = s.batch_size * tp // rank_and_world()[1] * 2 * s.max_completion  # as much again for the prompts
     return int(1.1 * per_token * max(s.max_length, in_flight)) + (64 << 20)
 
 
 def start_vllm(model: str, device: torch.device, tp: int, max_length: int, lora_r: int = 0, **engine: object):
     """A vLLM engine inside this process (colocated), tensor-parallel over `tp` of torchrun's ranks."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what we ask for
     if device.type == "cpu":
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # which takes longer than it saves
     from vllm import LLM
@@ -759,7 +777,7 @@ def start_vllm(model: str, device: torch.device, tp: int, max_length: int, lora_
 
 def start_engine(s: Settings, model, ends: list[int], device: torch.device, engine: str,
                  tp: int) -> tuple[Generate, Callable]:
-    """-> generate(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push(), which gives it today's adapter.
+    """-> generate(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push(), which loads the current adapter.
 
     vLLM reads the adapter from a folder, in memory where there is a RAM disk. It is never merged: bfloat16 would round
     the update away. The prefix cache goes with each push, or the engine would serve what older weights computed.
@@ -767,20 +785,23 @@ def start_engine(s: Settings, model, ends: list[int], device: torch.device, engi
     if engine == "hf":
         return functools.partial(hf_generate, model, ends), lambda: None
     llm = start_vllm(s.model, device, tp, s.max_length, s.lora_r, trust_remote_code=s.trust_remote_code,
-                     kv_cache_memory_bytes=kv_cache_bytes(s, model.config, device, tp),
-                     gpu_memory_utilization=0.05)  # has no say beside the line above, but must be free at the start
+                     kv_cache_memory_bytes=kv_cache_bytes(s, model.config, device, tp), max_num_seqs=s.batch_size,
+                     gpu_memory_utilization=0.05)  # the line above decides, but this share must be free at the start
     from vllm.lora.request import LoRARequest
-    shelf = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(s.out)
-    folder = shelf / f".egrsd-{hashlib.sha256(str(Path(s.out).resolve()).encode()).hexdigest()[:12]}"
+    need = 8 * sum(p.numel() for p in trainable(model).values())  # twice its size: a container may have only 64 MB
+    memory = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > need
+    shelf, name = Path("/dev/shm") if all(gather([memory])) else Path(s.out).resolve(), str(Path(s.out).resolve())
+    folder = shelf / f".egrsd-{hashlib.sha256(name.encode()).hexdigest()[:12]}-{os.environ.get('GROUP_RANK', 0)}"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
     def push() -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             model.save_pretrained(folder, save_embedding_layers=False)
-        gather([])  # written before anyone reads
+        barrier()  # written before anyone reads
         llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
-        llm.reset_prefix_cache()
-        gather([])  # read before anyone writes again
+        if not llm.reset_prefix_cache():
+            fail("the rollout engine kept its prefix cache, which older weights computed")
+        barrier()  # read before anyone writes again
 
     # without load_inplace, which would read the folder again for every token
     return functools.partial(vllm_generate, llm, LoRARequest("student", 1, str(folder)), ends), push
@@ -817,7 +838,6 @@ def probe_engine(generate: Generate, push: Callable, tp: int, model, prompts: li
         distance.append((logp - engine).abs().mean().item())
     for name, p in trainable(model).items():
         p.data.copy_(kept[name])
-    push()
     if not distance[0] < 0.5 * distance[1]:
         fail("the rollout engine does not use the adapter that was pushed: with a random one its log-probabilities are "
              f"{distance[0]:.2g} nats from the trainer's and {distance[1]:.2g} from the base model's. Try --rollout hf")
@@ -825,27 +845,28 @@ def probe_engine(generate: Generate, push: Callable, tp: int, model, prompts: li
 
 
 def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grade]]:
-    """THE PLACE TO SWAP THE REWARD: rollouts (text, answer, completion_ids, problem ...) -> r and the grade of each."""
+    """THE PLACE TO SWAP THE REWARD: rollouts (graded_text, answer, completion_ids, ...) -> r and grade of each."""
     grades = grade_completions([r["graded_text"] for r in rollouts], [r["answer"] for r in rollouts])
     return [(shaped_reward(grade.correct, len(r["completion_ids"]), s.max_completion, s.beta_L), grade)
             for r, grade in zip(rollouts, grades)]  # Alg. 1, line 4
 
 
 def roll_out(generate: Generate, tp: int, batch: list[dict], tokenizer, ends: list[int], step: int | str, s: Settings,
-             **how: object) -> list[dict]:
-    """Sample and grade one completion for each row. -> rollouts, on every rank; each rank grades its share."""
-    seeds = [rollout_seed(s.seed, step, index) for index in range(len(batch))]
+             first: int = 0, **how: object) -> list[dict]:
+    """Sample and grade one completion for each row of `batch`. -> rollouts, on every rank, indexed from `first` on.
+
+    A rollout is its row (id, problem, solution, answer, prompt_ids, teacher_ids) and step, index, seed, completion_ids,
+    engine_logps (nats), text, graded_text, truncated, reward, correct, extracted, status; train() adds advantage.
+    """
+    seeds = [rollout_seed(s.seed, step, first + i) for i in range(len(batch))]
     prompts = [row["prompt_ids"] for row in batch]
     drawn = sample(generate, tp, prompts, seeds, max_new=s.max_completion, **how)  # Alg. 1, line 3
     rollouts = []
-    for index, (row, seed, (ids, logps)) in enumerate(zip(batch, seeds, drawn)):
-        truncated = ids[-1] not in ends
-        text = tokenizer.decode(ids if truncated else ids[:-1])
-        opened = "<think>" * prompt_opens_think(tokenizer, row["prompt_ids"])
-        rollouts.append({**row, "step": step, "index": index, "seed": seed, "completion_ids": ids, "text": text,
-                         "engine_logps": logps, "graded_text": opened + text, "truncated": truncated})
+    for index, (row, seed, (ids, logps)) in enumerate(zip(batch, seeds, drawn), first):
+        rollouts.append({**row, "step": step, "index": index, "seed": seed, "completion_ids": ids,
+                         "engine_logps": logps, **read_completion(tokenizer, row["prompt_ids"], ids, ends)})
     rank, world = rank_and_world()
-    mine = range(rank, len(rollouts), world)
+    mine = range(rank, len(rollouts), world)  # each rank grades its share
     for i, (reward, grade) in gather(list(zip(mine, compute_rewards([rollouts[i] for i in mine], s)))):
         rollouts[i] |= {"reward": reward, "correct": grade.correct, "extracted": grade.answer, "status": grade.status}
     return rollouts
@@ -859,7 +880,7 @@ def evaluate(name: str, problems: list[dict], generate: Generate, tp: int, token
     done = []
     with progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
         for start in range(0, len(rows), 256):
-            done += roll_out(generate, tp, rows[start : start + 256], tokenizer, ends, f"eval {start}", s,
+            done += roll_out(generate, tp, rows[start : start + 256], tokenizer, ends, "evaluation", s, start,
                              temperature=1.0, top_p=0.95, top_k=0)
             bar.update(len(done) - bar.n)
             bar.set_postfix(right=f"{sum(r['correct'] for r in done) / len(done):.1%}")
@@ -895,22 +916,22 @@ def completion_hidden(model, prompts: list[list[int]], completions: list[list[in
 
 @torch.no_grad()
 def teacher_pass(model, rollouts: list[dict], s: Settings) -> tuple[Tensor, Tensor]:
-    """(B, T) log p_T(y) and H, in nats, of the frozen teacher: adapter off, reference in sight. NaN where it broke."""
-    W, results = head_weight(model), [None] * len(rollouts)
+    """(B, T) log p_T(y) and H, in nats, of the frozen teacher: adapter off, reference shown. NaN where not finite."""
+    head, logps, entropies = head_weight(model), [None] * len(rollouts), [None] * len(rollouts)
     lengths = [len(r["teacher_ids"]) + len(r["completion_ids"]) for r in rollouts]
     with model.disable_adapter():
         for rows in micro_batches(lengths, s.micro_batch_tokens):
             completions = [rollouts[i]["completion_ids"] for i in rows]
-            y = torch.tensor(sum(completions, []), device=W.device)  # (N,)
+            y = torch.tensor(sum(completions, []), device=head.device)  # (N,)
             hidden = completion_hidden(model, [rollouts[i]["teacher_ids"] for i in rows], completions)  # (N, d)
-            sound = hidden.new_tensor(1.0 if hidden.isfinite().all() else math.nan)
-            hidden = hidden.nan_to_num() / s.logit_temperature  # D3
-            logp, H = logprob_and_entropy(hidden, W, y, s.head_chunk)  # (N,), (N,)
+            if hidden.isfinite().all():
+                logp, H = logprob_and_entropy(hidden / s.logit_temperature, head, y, s.head_chunk)  # (N,), (N,) [D3]
+            else:  # no exception, which would leave the other ranks waiting: train() looks for NaN
+                logp = H = hidden.new_full((len(y),), math.nan, dtype=torch.float32)
             sizes = [len(completion) for completion in completions]
-            for i, *of_row in zip(rows, (logp * sound).split(sizes), (H * sound).split(sizes)):
-                results[i] = of_row
-    logps, entropies = zip(*results)
-    return pad(logps, W.device), pad(entropies, W.device)
+            for i, row_logp, row_H in zip(rows, logp.split(sizes), H.split(sizes)):
+                logps[i], entropies[i] = row_logp, row_H
+    return pad(logps, head.device), pad(entropies, head.device)
 
 
 def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, float | None]:
@@ -918,53 +939,53 @@ def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, f
 
     `rollouts` are those of all ranks, in the same order on each, with prompt_ids, teacher_ids, completion_ids,
     engine_logps, correct and advantage. Each rank takes an equal share of them. The maximum of Eq. 5 and the token
-    count of Eq. 7 span the step (D2), so that ranks and micro-batches change nothing but rounding.
+    count of Eq. 7 span the step [D2], so that ranks and micro-batches change nothing but rounding.
     """
     rank, world = rank_and_world()
     by_length = sorted(range(len(rollouts)), key=lambda i: (len(rollouts[i]["completion_ids"]), i))
     mine = [rollouts[i] for i in by_length[rank::world]]
-    W = head_weight(model)
-    lengths = torch.tensor([len(r["completion_ids"]) for r in mine], device=W.device)  # (B,)
-    mask = torch.arange(int(lengths.max()), device=W.device) < lengths[:, None]  # (B, T)
+    head = head_weight(model)
+    lengths = torch.tensor([len(r["completion_ids"]) for r in mine], device=head.device)  # (B,)
+    mask = torch.arange(int(lengths.max()), device=head.device) < lengths[:, None]  # (B, T)
     M = sum(len(r["completion_ids"]) for r in rollouts)
-    A = torch.tensor([r["advantage"] for r in mine], device=W.device)  # (B,)
+    A = torch.tensor([r["advantage"] for r in mine], device=head.device)  # (B,)
 
     model.eval()
     teacher_logp, H = teacher_pass(model, mine, s)  # (B, T); Alg. 1, line 7, 8, 9, 10 (p_S of line 7 is below)
-    H_max = reduce_(H[mask].nan_to_num(math.inf).max(), "MAX")  # (), D2
+    H_max = reduce_(H[mask].nan_to_num(math.inf, math.inf).max(), "MAX")  # () over all ranks [D2]
     if not H_max.isfinite():  # the same on every rank, so that none is left waiting
-        raise FloatingPointError("the teacher's entropies are not finite")
+        return {"loss": math.nan}
     omega = confidence_gate(H, mask, s.gamma, s.W, H_max)  # (B, T)
 
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)
-    model.train(s.gradient_checkpointing)  # transformers checkpoints only in training mode; nothing else differs
-    names = ("loss", "magnitude", "clipped", "delta_right", "delta_wrong", "right", "wrong", "canary")
-    sums = dict.fromkeys(names, 0.0)
+    model.train(s.gradient_checkpointing)  # transformers checkpoints only in training mode
+    sums = dict.fromkeys(("loss", "magnitude", "clipped", "delta_right", "delta_wrong", "right", "canary"), 0.0)
     for rows in micro_batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in mine], s.micro_batch_tokens):
         part, real = [mine[i] for i in rows], mask[rows]  # real: (b, T)
-        y = torch.tensor(sum((r["completion_ids"] for r in part), []), device=W.device)  # (N,)
+        y = torch.tensor(sum((r["completion_ids"] for r in part), []), device=head.device)  # (N,)
         hidden = completion_hidden(model, [r["prompt_ids"] for r in part], [r["completion_ids"] for r in part])
-        hidden = hidden / s.logit_temperature  # (N, d): z / t, and its gradient, D3
+        hidden = hidden / s.logit_temperature  # (N, d): divides the logits and scales the gradient [D3]
         if not hidden.isfinite().all():
             sums["loss"] = math.nan  # train() sees it on every rank
             continue
-        logp, dlogp = logprob_and_gradient(hidden.detach(), W, y, s.head_chunk)  # (N,), (N, d); log p_S, D6
+        logp, dlogp = logprob_and_gradient(hidden.detach(), head, y, s.head_chunk)  # (N,), (N, d); log p_S [D6]
         student_logp = torch.zeros_like(H[rows]).masked_scatter_(real, logp)  # (b, T)
-        w = evidence_magnitude(teacher_logp[rows], student_logp, A[rows].sign(), s.eps)  # (b, T), D5
+        w = evidence_magnitude(teacher_logp[rows], student_logp, A[rows].sign(), s.eps)  # (b, T) [D5]
         A_hat = token_advantages(A[rows], w, omega[rows], real)[real]  # (N,)
-        loss = -A_hat * logp / M  # (N,), summed over the step; Alg. 1, line 19
-        hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))  # and its gradient
+        loss = -A_hat * logp / M  # (N,), its sum over the step is L; Alg. 1, line 19
+        hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))  # dL/dhidden, with A_hat a constant
 
+        # the rest of this loop only fills the log
         raw = logp  # (N,) at temperature 1, as the engine's
         if s.logit_temperature != 1:
-            raw, _ = logprob_and_entropy(hidden.detach() * s.logit_temperature, W, y, s.head_chunk)
-        engine = torch.tensor(sum((r["engine_logps"] for r in part), []), device=W.device)  # (N,)
-        right = torch.tensor([r["correct"] for r in part], device=W.device)[:, None].expand_as(real)[real]  # (N,)
+            raw, _ = logprob_and_entropy(hidden.detach() * s.logit_temperature, head, y, s.head_chunk)
+        engine = torch.tensor(sum((r["engine_logps"] for r in part), []), device=head.device)  # (N,)
+        right = torch.tensor([r["correct"] for r in part], device=head.device)[:, None].expand_as(real)[real]  # (N,)
         delta, w = teacher_logp[rows][real] - logp, w[real]
         for name, value in {"loss": loss, "magnitude": w, "clipped": (w <= 1 - s.eps) | (w >= 1 + s.eps),
                             "delta_right": delta * right, "delta_wrong": delta * ~right, "right": right,
-                            "wrong": ~right, "canary": (raw - engine).abs()}.items():
+                            "canary": (raw - engine).abs()}.items():
             sums[name] += value.double().sum().item()
     model.eval()
     if world > 1:  # one flat all-reduce of the adapter's gradient; no DDP, which switching adapters would upset
@@ -974,9 +995,11 @@ def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, f
             g.copy_(whole.view_as(g))
     sums |= {"entropy": H[mask].double().sum().item(), "gate": omega[mask].double().sum().item()}
     total = dict(zip(sums, reduce_(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()))
-    per = dict.fromkeys(total, M) | {"loss": 1, "delta_right": total.pop("right"), "delta_wrong": total.pop("wrong")}
-    means = {name: value / per[name] if per[name] else None for name, value in total.items()}  # None: no such token
-    return {**means, "entropy_max": H_max.item()}
+    right = total.pop("right")  # tokens of right rollouts
+    figures = {name: value / M for name, value in total.items()}
+    figures["delta_right"] = total["delta_right"] / right if right else None  # None: there is no such token
+    figures["delta_wrong"] = total["delta_wrong"] / (M - right) if right < M else None
+    return {**figures, "loss": total["loss"], "entropy_max": H_max.item()}
 
 
 def find_culprits(model, rollouts: list[dict], s: Settings) -> list[str]:
@@ -1013,10 +1036,12 @@ def append_lines(path: Path, rows: list[dict]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def lines_before(path: Path, step: int) -> list[str]:
-    """The whole lines of the steps before `step`: a killed run may have written more, or half a line."""
+def cut_lines(path: Path, step: int) -> list[dict]:
+    """Drop what a killed run wrote at or after `step`, and half a line. -> the rows that stay"""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] < step]
+    write_beside(path, lambda beside: beside.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    return rows
 
 
 def latest_checkpoint(s: Settings) -> Path | None:
@@ -1039,14 +1064,14 @@ def save_checkpoint(model, optimizer: torch.optim.Optimizer, stats: RewardStats,
                                              "settings": dataclasses.asdict(s)})
 
     folder = Path(s.out) / f"step_{step}"
-    if rank_and_world()[0] or folder.exists():
-        return
     try:
-        write_beside(folder, write)
+        if rank_and_world()[0] == 0 and not folder.exists():
+            write_beside(folder, write)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder.with_name(f".{folder.name}"), ignore_errors=True)
         fail(f"{folder} could not be written ({first_line(error)}). Make room, then --resume: the last whole "
              f"checkpoint is {latest_checkpoint(s) or 'none, so that it starts over'}")
+    barrier()  # nobody leaves before it is whole
 
 
 def load_checkpoint(folder: Path, model, optimizer: torch.optim.Optimizer, stats: RewardStats) -> tuple[int, int]:
@@ -1068,9 +1093,10 @@ def open_run(s: Settings) -> Path | None:
     """Make the run folder ready. -> the checkpoint to go on from; no run is touched without being told to."""
     out = Path(s.out)
     checkpoint = latest_checkpoint(s) if s.resume else None
-    if not (s.resume or s.overwrite) and ((out / "settings.json").exists() or latest_checkpoint(s)):
+    begun = latest_checkpoint(s) or (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size
+    if begun and not (s.resume or s.overwrite):
         fail(f"{out} already holds a run. --resume goes on with it, --overwrite deletes it, --out names another folder")
-    gather([])  # every rank has looked
+    barrier()  # every rank has looked
     if rank_and_world()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not checkpoint:
@@ -1078,7 +1104,7 @@ def open_run(s: Settings) -> Path | None:
                 (out / name).unlink(missing_ok=True)
         for folder in out.glob(".step_*" if checkpoint else "*step_*"):
             shutil.rmtree(folder)
-    gather([])
+    barrier()
     return checkpoint
 
 
@@ -1136,23 +1162,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return round((torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**30, 2)
 
 
-def progress(**how: object):
-    from tqdm import tqdm
-    return tqdm(disable=rank_and_world()[0] > 0, **how)
-
-
-def say(text: str) -> None:
-    """Print on rank 0, above the progress bar."""
-    from tqdm import tqdm
-    if rank_and_world()[0] == 0:
-        tqdm.write(text)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-ROLLOUT_KEYS = ("step", "index", "seed", "id", "problem", "solution", "answer", "prompt_ids", "completion_ids", "text",
-                "extracted", "correct", "status", "truncated", "reward", "advantage")
+ROLLOUT_KEYS = ("step", "index", "seed", "id", "problem", "solution", "answer", "prompt_ids", "completion_ids",
+                "engine_logps", "text", "extracted", "correct", "status", "truncated", "reward", "advantage")
 
 
 PHASES = ("rollout", "passes", "update")
@@ -1204,13 +1218,13 @@ def train(s: Settings) -> None:
     out, checkpoint, first = Path(s.out), open_run(s), rank_and_world()[0] == 0
     with first_rank_first():
         problems = load_problems(s.data, s)
-        held_out = load_problems(s.eval_data, s) if s.eval_data else []
+        held_out = load_problems(s.eval_data, s, "--eval_data") if s.eval_data else []
     model = load_base(s, device)
     tokenizer = load_tokenizer(s)
     check_head(model, s)
     ends = end_tokens(model, tokenizer)
     model = add_adapter(model, s)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D11
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)  # [D11]
     stats = RewardStats()
     start, position = load_checkpoint(checkpoint, model, optimizer, stats) if checkpoint else (0, 0)
     summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else {}
@@ -1219,47 +1233,47 @@ def train(s: Settings) -> None:
 
     engine, why = choose_engine(s, device)
     tp = tensor_parallel(s, model.config) if engine == "vllm" else 1
-    batch, _, _ = next_problems(problems, tokenizer, s, position)
+    batch, _, _ = next_problems(problems, tokenizer, s, position)  # to show and to probe with; the loop draws it again
     log = []
     if first:
         show_start(s, batch[0], tokenizer, model, engine, why, device, tp)
-        for name in ("rollouts.jsonl", "log.jsonl"):
-            lines = lines_before(out / name, start)
-            write_beside(out / name, lambda beside: beside.write_text("".join(lines)))
-        log = [json.loads(line) for line in lines]
+        cut_lines(out / "rollouts.jsonl", start)
+        log = cut_lines(out / "log.jsonl", start)
+    if s.resume and not checkpoint:
+        say(f"--resume: {out} holds no checkpoint, so the run starts from the beginning")
     generate, push = start_engine(s, model, ends, device, engine, tp)
     if engine == "vllm":
         few = [row["prompt_ids"] for row in batch][: max(8, rank_and_world()[1])]
         say(probe_engine(generate, push, tp, model, few, s))
+    push()  # what step `start` rolls out with
     if held_out and "before" not in summary:
         summary["before"] = evaluate("before", held_out, generate, tp, tokenizer, ends, s)
+        if first:
+            write_json(out / "summary.json", summary)
     if s.wandb and first:
         import wandb
         wandb.init(project=s.wandb, dir=s.out, config=dataclasses.asdict(s))
 
     bar, drawn_at = progress(total=s.steps, initial=start, desc="train", unit="step"), time.perf_counter()
+    limit = 1e-3 if head_weight(model).dtype == torch.float32 else 0.1  # float32 agrees to 1e-6; bfloat16 rounds
+    how = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
     for step in range(start, s.steps):
-        clock = [time.perf_counter()]
+        clock, before = [time.perf_counter()], position
         batch, position, skipped = next_problems(problems, tokenizer, s, position)  # Alg. 1, line 1
         batch = [row for row in batch for _ in range(s.rollouts_per_prompt)]  # Alg. 1, line 2
-        rollouts = roll_out(generate, tp, batch, tokenizer, ends, step, s,
-                            temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+        rollouts = roll_out(generate, tp, batch, tokenizer, ends, step, s, **how)  # every rank gets all of them
         rewards = [r["reward"] for r in rollouts]
         for r, A in zip(rollouts, stats.advantages(rewards, step).tolist()):  # Alg. 1, line 5, 6
             r["advantage"] = A
         clock.append(time.perf_counter())
-        try:
-            figures = accumulate_gradient(model, rollouts, s)  # Algorithm 1 from line 7 to line 19
-            clock.append(time.perf_counter())
-            norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), s.max_grad_norm).item()
-            if not math.isfinite(norm + figures["loss"]):
-                raise FloatingPointError(f"the loss is {figures['loss']} and the norm of its gradient {norm}")
-        except FloatingPointError as error:
-            culprits = find_culprits(model, rollouts, s)
-            save_checkpoint(model, optimizer, stats, step, position, s)
-            fail(f"step {step}: {error}. Not finite alone: {', '.join(culprits) or 'no single rollout'}. The state "
-                 f"before this step is saved in {out}. Look at these problems, or lower --lr")
-        limit = 1e-3 if head_weight(model).dtype == torch.float32 else 0.1  # float32 agrees to 1e-6; bfloat16 rounds
+        figures = accumulate_gradient(model, rollouts, s)  # fills p.grad: Algorithm 1 from line 7 to line 19
+        norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), s.max_grad_norm).item()
+        clock.append(time.perf_counter())
+        if not math.isfinite(norm + figures["loss"]):
+            save_checkpoint(model, optimizer, stats, step, before, s)
+            culprits = ", ".join(find_culprits(model, rollouts, s)) or "no single rollout"
+            fail(f"step {step}: the loss or its gradient is not finite. Not finite alone: {culprits}. {out} holds the "
+                 "state before this step. Remove these problems, or start a new run with a lower --lr")
         if figures["canary"] > limit:
             fail(f"step {step}: the rollout engine's log-probabilities are {figures['canary']:.2g} nats a token from "
                  f"the trainer's (limit {limit}): it runs other weights. The checkpoints are sound; try --rollout hf")
@@ -1276,7 +1290,6 @@ def train(s: Settings) -> None:
         if first:
             append_lines(out / "rollouts.jsonl", [{key: r[key] for key in ROLLOUT_KEYS} for r in rollouts])
             append_lines(out / "log.jsonl", [row])
-            write_json(out / "summary.json", summary)
             if s.wandb:
                 wandb.log(row, step=step)
             if save or time.perf_counter() - drawn_at > 20:
@@ -1284,7 +1297,7 @@ def train(s: Settings) -> None:
                 drawn_at = time.perf_counter()
         for name in skipped:
             say(f"step {step}: skipped problem {name}, which does not fit into --max_length {s.max_length}")
-        if not any(rewards):
+        if not any(rewards):  # [D8]
             say(f"step {step}: NOT ONE ROLLOUT EARNED A REWARD ({row['truncated']:.0%} truncated, {row['unboxed']:.0%} "
                 "without a boxed answer): try a longer --max_completion, --no-thinking, or easier problems")
         bar.update()
@@ -1304,8 +1317,16 @@ def train(s: Settings) -> None:
         phases = {name: round(sum(row["seconds"][name] for row in log), 1) for name in PHASES}
         write_json(out / "summary.json", {**summary, "steps": s.steps,
                                           "seconds": {**phases, "total": round(time.perf_counter() - began, 1)}})
-    say(f"adapter {out}/step_{s.steps}, log {out}/log.jsonl, curves {out}/curves.png")
+    say(f"adapter {latest_checkpoint(s)}, log {out}/log.jsonl, curves {out}/curves.png")
 
 
 if __name__ == "__main__":
-    train(parse_settings())
+    try:
+        train(parse_settings())
+    except BaseException as error:
+        if rank_and_world()[1] == 1 or isinstance(error, SystemExit) and not error.code:
+            raise
+        # one of several ranks failed: leave at once, since a tidy teardown would wait for the others
+        print(error) if isinstance(error, SystemExit) else traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)

@@ -39,7 +39,7 @@ import torch
 
 from egrsd import (HERE, PRESETS, Generate, Settings, append_lines, choose_engine, encode_prompt, end_tokens, fail,
                    fill, first_rank_first, gather, grade_completions, hf_generate, load_base, load_tokenizer, opt,
-                   progress, prompt_opens_think, rank_and_world, rollout_seed, say, start_processes, start_vllm,
+                   progress, rank_and_world, read_completion, rollout_seed, say, start_processes, start_vllm,
                    tensor_parallel, versions, vllm_generate, write_beside, write_json)
 
 BENCHMARKS = {  # name: hub id, config, split
@@ -334,11 +334,9 @@ def read_samples(out: Path, everything: bool = False) -> dict[tuple, dict]:
 
 def finish_sample(item: dict, ids: list[int], tokenizer, ends: list[int], save_ids: bool) -> dict:
     """A row of samples.jsonl but for its grade. `tokens` counts all that were generated, thinking and end token too."""
-    cut = ids[-1] not in ends
-    opened = "<think>" * prompt_opens_think(tokenizer, item["prompt_ids"])  # so that the text can be graded by itself
+    read = read_completion(tokenizer, item["prompt_ids"], ids, ends)
     row = {k: item[k] for k in ("benchmark", "id", "run", "sample", "seed", "gold")}
-    row["text"] = opened + tokenizer.decode(ids if cut else ids[:-1])
-    row |= {"tokens": len(ids), "finish": "length" if cut else "stop"}
+    row |= {"text": read["graded_text"], "tokens": len(ids), "finish": "length" if read["truncated"] else "stop"}
     if save_ids:
         row |= {k: item[k] for k in ("problem", "solution", "prompt_ids")} | {"completion_ids": ids}
     return row

@@ -11,12 +11,12 @@ import functools
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +120,8 @@ def answers_match(prediction: str, gold: str, normalise: bool = True) -> bool:
 
 def grader_worker() -> None:
     """A grading process: JSON questions on stdin, JSON verdicts on stdout, until stdin closes or the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, but the trainer's business
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, also when it is killed
         import ctypes
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -183,7 +184,7 @@ def grade_completions(texts: list[str], golds: list[str], normalise: bool = True
             print(json.dumps([grades[i].answer, golds[i], normalise]), file=worker.stdin, flush=True)
             busy[worker] = (i, time.monotonic() + GRADE_SECONDS)
         soonest = min(deadline for _, deadline in busy.values())
-        spoke = select.select([worker.stdout for worker in busy], [], [], max(0.0, soonest - time.monotonic()))[0]
+        spoke = connection.wait([worker.stdout for worker in busy], max(0.0, soonest - time.monotonic()))
         for worker, (i, deadline) in list(busy.items()):
             if worker.stdout not in spoke and time.monotonic() < deadline:
                 continue

@@ -334,9 +334,10 @@ def rollouts(tiny_model, tmp_path_factory) -> list[dict]:
     drawn = sorted(hf_generate(model, end_tokens(model, tokenizer), prompts, [*range(12)], temperature=1.0, top_p=1.0,
                                top_k=0, max_new=60))
     return [{**row, "step": 3 + i // 6, "index": i % 6, "id": str(i), "prompt_ids": prompt, "completion_ids": ids,
-             "correct": i % 3 > 0, "text": tokenizer.decode(ids), "advantage": [-0.5, 0.0, 0.75][i % 3],
+             "engine_logps": logps, "correct": i % 3 > 0, "text": tokenizer.decode(ids),
+             "advantage": [-0.5, 0.0, 0.75][i % 3],
              "benchmark": "tiny", "gold": row["answer"]}
-            for i, (row, prompt, (_, ids, _)) in enumerate(zip(rows, prompts, drawn))]
+            for i, (row, prompt, (_, ids, logps)) in enumerate(zip(rows, prompts, drawn))]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -345,14 +346,8 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 @needs_tiny
-def test_a_runs_rollouts_get_its_newest_checkpoint_and_keep_their_advantages(rollouts, tiny_model, tmp_path) -> None:
+def test_a_runs_rollouts_keep_their_log_probabilities_and_advantages(rollouts, tiny_model, tmp_path) -> None:
     _, _, s = tiny_model
-    torch.manual_seed(0)
-    student = add_adapter(load_base(s, torch.device("cpu")), s)
-    for name, p in student.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.05)
-    student.save_pretrained(tmp_path / "step_4")
     (tmp_path / "settings.json").write_text(json.dumps({**vars(s), "gamma": 0.7}))
     write_rows(tmp_path / "log.jsonl", [{"step": k, "grad_norm": 0.1 * (k + 1), "reward": k} for k in range(5)])
     path = write_rows(tmp_path / "rollouts.jsonl", rollouts)
@@ -364,15 +359,31 @@ def test_a_runs_rollouts_get_its_newest_checkpoint_and_keep_their_advantages(rol
         here = flat["rollout"] == i
         assert flat["token_id"][here].tolist() == row["completion_ids"]
         assert set(flat["advantage"][here]) == {row["advantage"]}
-        with torch.no_grad(), student.disable_adapter() if row["step"] < 4 else contextlib.nullcontext():
-            logits = student(input_ids=torch.tensor([row["prompt_ids"] + row["completion_ids"]])).logits[0]
-        logp = logits[len(row["prompt_ids"]) - 1 : -1].double().log_softmax(-1)
-        logp = logp[range(here.sum()), row["completion_ids"]]
-        np.testing.assert_allclose(flat["student_logp"][here], logp, atol=2e-4)
+        np.testing.assert_allclose(flat["student_logp"][here], row["engine_logps"], rtol=1e-6)
     for step in (0, 1):
         batch = flat["rollout"] // 6 == step
         assert set(flat["max_entropy"][batch]) == {flat["entropy"][batch].max()}
     assert (out / "dynamics.png").exists()
+
+
+@needs_tiny
+def test_an_adapter_given_with_a_run_is_the_student(rollouts, tiny_model, tmp_path) -> None:
+    _, _, s = tiny_model
+    torch.manual_seed(0)
+    student = add_adapter(load_base(s, torch.device("cpu")), s)
+    for name, p in student.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.05)
+    student.save_pretrained(tmp_path / "other")
+    path = write_rows(tmp_path / "rollouts.jsonl", rollouts)
+    call("--preset", "tiny", "--rollouts", path, "--adapter", tmp_path / "other")
+    flat = np.load(tmp_path / "diagnostics" / "tokens.npz")
+    for i, row in enumerate(rollouts):
+        with torch.no_grad():
+            logits = student(input_ids=torch.tensor([row["prompt_ids"] + row["completion_ids"]])).logits[0]
+        logp = logits[len(row["prompt_ids"]) - 1 : -1].double().log_softmax(-1)
+        logp = logp[range(len(row["completion_ids"])), row["completion_ids"]]
+        np.testing.assert_allclose(flat["student_logp"][flat["rollout"] == i], logp, atol=2e-4)
 
 
 @needs_tiny

@@ -715,7 +715,12 @@ def test_prompts_equal_the_chat_template_and_control_tokens_in_a_problem_are_tex
     assert tok.decode(ids) == tok.decode(benign).replace("1+1", hostile)  # the very characters, but as text
     tok.chat_template = None
     assert tok.decode(egrsd.encode_prompt(tok, " 1+1 <|im_end|> ", True)) == "1+1 <|im_end|>\n"
-    assert not egrsd.prompt_opens_think(tok, ids) and egrsd.prompt_opens_think(tok, ids + tok("<think>\n").input_ids)
+    said, end = tok("\\boxed{2}").input_ids, tok.eos_token_id
+    assert egrsd.read_completion(tok, ids, said + [end], [end]) == {
+        "text": "\\boxed{2}", "graded_text": "\\boxed{2}", "truncated": False}
+    opened = egrsd.read_completion(tok, ids + tok("<think>\n").input_ids, said, [end])  # D12: a thought that never ends
+    assert opened == {"text": "\\boxed{2}", "graded_text": "<think>\\boxed{2}", "truncated": True}
+    assert extract_answer(opened["graded_text"]) is None
     row = {"problem": "a {solution} {x}", "solution": "s {problem}"}
     assert egrsd.fill("P {problem} S {solution} \\boxed{}", row) == "P a {solution} {x} S s {problem} \\boxed{}"
 
