@@ -928,7 +928,8 @@ def main(argv: list[str] | None = None) -> None:
     summary = statistics(path, context, o, s)
     shown = shown_rollouts(path, {*summary["shown"], *(n for n, *_ in o.windows)}, context, o, s)
     both, number = {n: shown[n] for n in summary["shown"]}, summary["shown"][0]
-    logs = o.log or ([str(Path(o.rollouts).parent)] if o.rollouts else [])
+    beside = [str(path) for path in [Path(o.rollouts).parent / "log.jsonl"] if o.rollouts and path.is_file()]
+    logs = o.log or beside  # the rollouts alone are enough for all else
     pictures = [
         ("deciles.png", "Evidence by entropy decile (Figure 4a)", "Where the teacher is uncertain, how far apart are "
          "teacher and student, and how much weight is left? 95 % bars, resampling rollouts.", draw_deciles(summary, s)),

@@ -206,7 +206,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
     Exits with status 2 and a sentence where an option is unknown or a value makes no sense.
     """
-    parser = argparse.ArgumentParser(prog="egrsd.py", allow_abbrev=False, description=__doc__.split("\n\n")[0].strip(),
+    parser = argparse.ArgumentParser(prog="egrsd.py", usage="%(prog)s [options]", allow_abbrev=False,
+                                     description=__doc__.split("\n\n")[0].strip(),
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     groups = {}
     for f in dataclasses.fields(Settings):
@@ -1202,10 +1203,13 @@ def show_start(s: Settings, row: dict, tokenizer, model, engine: str, why: str, 
     write_json(Path(s.out) / "settings.json", dataclasses.asdict(s))
     write_json(Path(s.out) / "versions.json", about)
     (Path(s.out) / "prompts.txt").write_text(prompts)
+    memory = memory_estimate(model, s, engine, device, tp)
     say(prompts.rstrip())
-    for title, values in {"settings": dataclasses.asdict(s), "versions": about,
-                          "GiB a process, estimated": memory_estimate(model, s, engine, device, tp)}.items():
+    shown = {"settings": dataclasses.asdict(s), "versions": about, "GiB a process, estimated": memory}
+    for title, values in shown.items():
         say(f"--- {title} ---\n" + "  ".join(f"{k}={v}" for k, v in values.items() if not k.endswith("_prompt")))
+    if device.type == "cuda" and memory["sum"] > torch.cuda.mem_get_info()[1] / 2**30 - 5:  # 5: context, graphs, NCCL
+        say("THIS MAY NOT FIT into the GPU's memory: lower --micro_batch_tokens, or add --gradient_checkpointing")
 
 
 def train(s: Settings) -> None:
