@@ -855,13 +855,13 @@ def test_a_rollout_depends_on_its_seed_and_on_nothing_else(tokenizer) -> None:
 def test_samples_follow_the_tempered_and_truncated_distribution(tokenizer) -> None:
     model, s = fresh_model()
     ids = egrsd.encode_prompt(tokenizer, "Compute 1 #1 +6 #2 -3 .", False) + tokenizer("<think>").input_ids
-    z = model(input_ids=torch.tensor([ids])).logits[0, -1].double() / 1.1
+    z = model(input_ids=torch.tensor([ids])).logits[0, -1].double() / 2.0
     values, order = z.topk(20)
     p = values.softmax(-1)
     keep = (p.cumsum(0) - p) < 0.95  # the smallest set with at least 0.95
     want = torch.zeros_like(z).index_copy_(0, order[keep], p[keep] / p[keep].sum())
     n = 4000
-    drawn = egrsd.hf_generate(model, egrsd.end_tokens(model, tokenizer), [ids] * n, range(n), temperature=1.1,
+    drawn = egrsd.hf_generate(model, egrsd.end_tokens(model, tokenizer), [ids] * n, range(n), temperature=2.0,
                               top_p=0.95, top_k=20, max_new=1, batch=1000)
     counts = torch.bincount(torch.tensor([y[0] for _, y, _ in drawn]), minlength=len(z)).double()
     assert counts[want == 0].sum() == 0
