@@ -50,13 +50,19 @@ WINDOW = 24  # tokens of a window of the pivot figure
 HERE = Path(__file__).resolve().parent
 
 
+def window(text: str) -> tuple[int, int]:
+    rollout, start = text.split(":")  # a ValueError is argparse's to report
+    return int(rollout), int(start)
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     """Our options, and Settings from the others: defaults, those of the run or file looked at, the command line."""
-    parser = argparse.ArgumentParser(prog="diagnostics.py", allow_abbrev=False, description=__doc__,
+    parser = argparse.ArgumentParser(prog="diagnostics.py", usage="%(prog)s [options]", allow_abbrev=False,
+                                     description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="and every option of egrsd.py: python egrsd.py --help")
     for name, default, kind, text in [
-        ("out", "", str, "folder; by default `diagnostics` beside the rollouts or samples, or in runs/PRESET"),
+        ("out", "", str, "folder; by default `diagnostics` beside the input, or runs/PRESET/diagnostics-sampled"),
         ("adapter", "", str, "folder of the student's adapter; without it the student is the base model"),
         ("rollouts", "", str, "rollouts.jsonl of a training run"), ("samples", "", str, "samples.jsonl of eval.py"),
         ("tokens", "", str, "tokens.npz of an earlier call"),
@@ -68,7 +74,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     ]:
         parser.add_argument(f"--{name}", default=default, type=kind, metavar=kind.__name__, help=text)
     parser.add_argument("--windows", nargs="*", default=[], metavar="ROLLOUT:START", help="windows of the pivot figure",
-                        type=lambda text: tuple(map(int, text.split(":", 1))))
+                        type=window)
     parser.add_argument("--log", nargs="*", default=[], metavar="FILE", help="log.jsonl of runs, for Figure A1")
     parser.add_argument("--selftest", action="store_true", help="check Appendix C and end")
     o, rest = parser.parse_known_args(argv)
@@ -90,12 +96,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     if o.result_after is None:
         o.result_after = "=" if s.preset == "tiny" else ""
     beside = source.parent if o.tokens else source.parent / "diagnostics" if source.name else None
-    o.out = o.out or str(beside or Path("runs") / s.preset / "diagnostics")
+    o.out = o.out or str(beside or Path("runs") / s.preset / "diagnostics-sampled")
+    absent = [path for path in o.log if not (Path(path).is_file() or (Path(path) / "log.jsonl").is_file())]
     for wrong, sentence in [
         (not 0 <= o.tau_low < o.tau_high <= 1, f"--tau_low {o.tau_low} must be below --tau_high {o.tau_high}"),
         (sum(map(bool, (o.tokens, o.rollouts, o.samples))) > 1, "--tokens, --rollouts and --samples: choose one"),
         (egrsd.rank_and_world()[1] > 1, "diagnostics.py is one process: start it without torchrun"),
         (o.limit < 0, "--limit must be at least 0"),
+        (absent, f"--log {', '.join(absent)}: no log.jsonl there"),
     ]:
         if wrong:
             fail(sentence)
@@ -857,6 +865,7 @@ def write_report(out: Path, summary: dict, context: dict, pictures: list[tuple],
         [r["tau_low"], r["tau_high"], *(f"{r[name]:.1%}" for name in REGIMES)] for r in summary["sensitivity"]])
     facts = [[name, summary[name.replace(" ", "_")]]
              for name in ("completions", "tokens", "result tokens", "mean entropy")]
+    context = {**context, "references": ", ".join(f"{k}: {n:,}" for k, n in context.get("references", {}).items())}
     facts += [[name, str(context[name])] for name in ("source", "model", "student", "advantages", "references")
               if name in context] + [["\u03b3, W, \u03b5", f"{s.gamma:g}, {s.W}, {s.eps:g}"]]
     parts = [PAGE, "<h2>Does the teacher read the reference?</h2><p class=verdict>", html.escape(verdict_of(context)),
@@ -917,7 +926,7 @@ def main(argv: list[str] | None = None) -> None:
     if o.selftest:
         return print("\n".join(selftest()))
     out, path = Path(o.out), Path(o.tokens or Path(o.out) / "tokens.npz")
-    out.mkdir(parents=True, exist_ok=True)
+    egrsd.make_folder(out)
     if o.tokens:
         beside = path.parent / "context.json"
         context = json.loads(beside.read_text()) if beside.exists() else {}

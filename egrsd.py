@@ -260,6 +260,13 @@ def fail(sentence: str) -> NoReturn:
     raise SystemExit(f"{Path(sys.argv[0]).name}: {sentence}")
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {path} cannot be made ({error.strerror}); name a folder that can be written")
+
+
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
@@ -478,6 +485,8 @@ def load_problems(source: str, s: Settings, option: str = "--data") -> list[dict
     import datasets
     datasets.disable_progress_bars()
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix.lower())
+    if Path(source).is_file() and not (kind and Path(source).stat().st_size):
+        fail(f"{option} {source} " + ("is empty" if kind else "is no .json, .jsonl or .parquet file"))
     if kind and not Path(source).is_file():
         fail(f"{option} {source}: there is no such file")
     try:
@@ -580,15 +589,24 @@ def load_tokenizer(s: Settings):
              "local folder; --preset tiny needs neither network nor GPU")
 
 
+def check_place(s: Settings, device: torch.device) -> None:
+    """Refuse a big model on a CPU, by its name and before any fetch, and a folder that is not there."""
+    if Path(s.model).is_dir():
+        return
+    if s.model.startswith(("/", "./", "../", "~")):
+        fail(f"--model {s.model}: there is no such folder")
+    billions = re.search(r"(\d+(?:\.\d+)?)B\b", s.model, re.IGNORECASE)
+    if device.type == "cpu" and billions and float(billions[1]) >= 2:
+        fail(f"--model {s.model} needs a GPU, and none was found. Without one: --preset tiny")
+
+
 def load_base(s: Settings, device: torch.device):
     """The frozen base model on `device`; exits with a sentence where it is not there, or too big for a CPU."""
     from transformers import AutoModelForCausalLM
-    local, billions = Path(s.model).is_dir(), re.search(r"(\d+(?:\.\d+)?)B\b", s.model, re.IGNORECASE)
-    if device.type == "cpu" and not local and billions and float(billions[1]) >= 2:  # by its name, before any fetch
-        fail(f"--model {s.model} needs a GPU, and none was found. Without one: python egrsd.py --preset tiny")
+    check_place(s, device)
     try:
         with first_rank_first():
-            if not local:
+            if not Path(s.model).is_dir():
                 from huggingface_hub import snapshot_download
                 snapshot_download(s.model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
         model = AutoModelForCausalLM.from_pretrained(
@@ -1046,7 +1064,7 @@ def cut_lines(path: Path, step: int) -> list[dict]:
 
 
 def latest_checkpoint(s: Settings) -> Path | None:
-    return max(Path(s.out).glob("step_*"), key=lambda path: int(path.name[5:]), default=None)
+    return max(Path(s.out).glob("step_[0-9]*"), key=lambda path: int(path.name[5:]), default=None)
 
 
 def save_checkpoint(model, optimizer: torch.optim.Optimizer, stats: RewardStats, step: int, position: int,
@@ -1099,12 +1117,13 @@ def open_run(s: Settings) -> Path | None:
         fail(f"{out} already holds a run. --resume goes on with it, --overwrite deletes it, --out names another folder")
     barrier()  # every rank has looked
     if rank_and_world()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         if not checkpoint:
             for name in ("log.jsonl", "rollouts.jsonl", "summary.json", "curves.png"):
                 (out / name).unlink(missing_ok=True)
-        for folder in out.glob(".step_*" if checkpoint else "*step_*"):
-            shutil.rmtree(folder)
+        for folder in out.iterdir():  # half-written checkpoints, and all of them where the run starts over
+            if re.fullmatch(r"\.step_\d+" if checkpoint else r"\.?step_\d+", folder.name):
+                shutil.rmtree(folder)
     barrier()
     return checkpoint
 
@@ -1219,7 +1238,10 @@ def train(s: Settings) -> None:
         signal.signal(number, lambda number, _: stop_soon(number, stopped))
     torch.set_num_threads(s.threads or torch.get_num_threads())
     device = start_processes()
+    check_place(s, device)
     out, checkpoint, first = Path(s.out), open_run(s), rank_and_world()[0] == 0
+    if s.resume and not checkpoint:
+        say(f"--resume: {out} holds no checkpoint, so the run starts from the beginning")
     with first_rank_first():
         problems = load_problems(s.data, s)
         held_out = load_problems(s.eval_data, s, "--eval_data") if s.eval_data else []
@@ -1243,8 +1265,6 @@ def train(s: Settings) -> None:
         show_start(s, batch[0], tokenizer, model, engine, why, device, tp)
         cut_lines(out / "rollouts.jsonl", start)
         log = cut_lines(out / "log.jsonl", start)
-    if s.resume and not checkpoint:
-        say(f"--resume: {out} holds no checkpoint, so the run starts from the beginning")
     generate, push = start_engine(s, model, ends, device, engine, tp)
     if engine == "vllm":
         few = [row["prompt_ids"] for row in batch][: max(8, rank_and_world()[1])]
@@ -1255,6 +1275,8 @@ def train(s: Settings) -> None:
         if first:
             write_json(out / "summary.json", summary)
     if s.wandb and first:
+        if importlib.util.find_spec("wandb") is None:
+            fail("--wandb: it is not installed (pip install wandb)")
         import wandb
         wandb.init(project=s.wandb, dir=s.out, config=dataclasses.asdict(s))
 
@@ -1309,7 +1331,7 @@ def train(s: Settings) -> None:
         if save:
             save_checkpoint(model, optimizer, stats, step + 1, position, s)
         if halt:
-            return say(f"stopped and saved after step {step}; --resume goes on from here")
+            return say(f"stopped and saved after step {step}, in {out}/step_{step + 1}; --resume goes on from here")
     bar.close()
 
     if held_out:

@@ -38,9 +38,9 @@ from pathlib import Path
 import torch
 
 from egrsd import (HERE, PRESETS, Generate, Settings, append_lines, choose_engine, encode_prompt, end_tokens, fail,
-                   fill, first_rank_first, gather, grade_completions, hf_generate, load_base, load_tokenizer, opt,
-                   progress, rank_and_world, read_completion, rollout_seed, say, start_processes, start_vllm,
-                   tensor_parallel, versions, vllm_generate, write_beside, write_json)
+                   fill, first_rank_first, gather, grade_completions, hf_generate, load_base, load_tokenizer,
+                   make_folder, opt, progress, rank_and_world, read_completion, rollout_seed, say, start_processes,
+                   start_vllm, tensor_parallel, versions, vllm_generate, write_beside, write_json)
 
 BENCHMARKS = {  # name: hub id, config, split
     "aime24": ("HuggingFaceH4/aime_2024", None, "train"), "aime25": ("math-ai/aime25", None, "test"),
@@ -94,7 +94,8 @@ FREE = {"preset", "model", "adapter", "training", "data_dir", "tp", "gpu_memory"
 
 def parse_eval(argv: list[str] | None = None) -> EvalSettings:
     """Defaults, then the preset, then (with --regrade) the run's own, then the options; exits with a sentence."""
-    parser = argparse.ArgumentParser(prog="eval.py", allow_abbrev=False, description=__doc__.split("\n\n")[0].strip(),
+    parser = argparse.ArgumentParser(prog="eval.py", usage="%(prog)s [options]", allow_abbrev=False,
+                                     description=__doc__.split("\n\n")[0].strip(),
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(EvalSettings):
         how = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
@@ -197,6 +198,12 @@ def fingerprint(files: Iterable[Path]) -> str:
             file.seek(max(0, path.stat().st_size - (1 << 20)))
             digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """Hash of the weights and of what scales them; the rest of its config is paths, and sets in any order."""
+    config = read_json(folder / ADAPTER_FILES[0])
+    return fingerprint([folder / ADAPTER_FILES[1]]) + f" r {config['r']} alpha {config.get('lora_alpha')}"
 
 
 def load_skeleton(e: EvalSettings):
@@ -651,7 +658,7 @@ def compare(e: EvalSettings) -> None:
         rows += [theirs(row) for row in paper_rows(model, ["6", "A3"])]
         text += "\nLast step of each training (Tables 6, A3)\n\n" + table(["training", *header], rows)
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     draw_frontier(out / "frontier.png", [
         *((run["label"], run["length"], run["accuracy"], run["length_se"], run["se"], True) for run in runs),
         *((f"{row['method']} (paper)", row["length"], row["avg"], None, None, False) for row in paper if "eff" in row)])
@@ -674,7 +681,7 @@ def open_folder(out: Path, settings: dict) -> None:
     changed = [f"{k} {old.get(k)!r} (now {v!r})" for k, v in settings.items() if k not in FREE and old.get(k) != v]
     if changed:
         fail(f"{out} holds samples drawn with other settings: {'; '.join(changed)}. Take those, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(out / "settings.json", settings)
     mend_samples(out)
 
@@ -714,14 +721,17 @@ def evaluate(e: EvalSettings) -> None:
         weights = sorted(Path(e.model).glob("*.safetensors")) if Path(e.model).is_dir() else []
         open_folder(out, {
             **dataclasses.asdict(e), "engine": engine, "weights": fingerprint(weights) if weights else e.model,
-            "adapter_weights": fingerprint(Path(e.adapter) / name for name in ADAPTER_FILES) if e.adapter else None,
+            "adapter_weights": adapter_fingerprint(Path(e.adapter)) if e.adapter else None,
             "training": training_settings(Path(e.adapter)) if e.adapter else {},
             "problems": {name: [len(rows), hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]]
                          for name, rows in benchmarks.items()}})
-        write_json(out / "versions.json", {**versions(), "engine": f"{engine} ({why})", "processes": world})
     gather([])  # nobody reads before the file is whole
     done = read_samples(out)
     todo = [item for item in work if sample_key(item) not in done]
+    if rank == 0 and todo:
+        write_json(out / "versions.json", {**versions(), "engine": f"{engine} ({why})", "processes": world})
+    elif not todo:
+        say(f"all {len(work):,} samples are in {out} already: nothing is sampled")
     gather([])  # nobody writes before all have read
     if todo:
         say(f"--- first prompt ---\n{tokenizer.decode(work[0]['prompt_ids'])}\n--- {len(work)} samples, {len(done)} of "

@@ -760,7 +760,7 @@ def test_local_files_of_three_kinds_read_alike(kind, tmp_path) -> None:
     ('{"problem": "p", "solution": "s", "answer": "1"}', ("--answer_column", "gold"), "no column 'gold'"),
     ('{"problem": "p", "solution": " ", "answer": "1"}', (), "1 of 1 rows have an empty solution"),
     ('{"problem": "p", "solution": "s", "answer": null}', (), "empty answer"),
-    ("", (), "cannot be read|is empty"), ("this is no JSON", (), "cannot be read"), (None, (), "there is no such file"),
+    ("", (), "is empty"), ("this is no JSON", (), "cannot be read"), (None, (), "there is no such file"),
 ])
 def test_bad_data_ends_with_a_sentence(content, options, sentence, tmp_path) -> None:
     path = tmp_path / "data.jsonl"
@@ -809,6 +809,8 @@ def test_bad_models_end_with_a_sentence(tmp_path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="needs a GPU.*--preset tiny"):
             egrsd.load_base(egrsd.parse_settings([]), cpu)
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        egrsd.load_base(tiny_settings("--model", tmp_path / "nowhere"), cpu)
     with pytest.raises(SystemExit, match="cannot be loaded.*--preset tiny"):
         egrsd.load_base(tiny_settings("--model", tmp_path), cpu)
     with pytest.raises(SystemExit, match="tokenizer cannot be loaded"):
@@ -1061,6 +1063,14 @@ def test_a_run_is_not_overwritten_and_resume_keeps_its_settings(uninterrupted, t
     output = run(*SMALL, "--steps", 1, "--out", out, "--overwrite")
     assert len(read_log(out)) == 1 and (out / "step_1").is_dir() and not (out / "step_6").exists()
     assert "student prompt" in output
+
+
+def test_an_output_folder_that_cannot_be_made_and_a_missing_gpu_are_said_at_once(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in run(*SMALL, "--out", tmp_path / "file" / "run", code=1)
+    if not torch.cuda.is_available():
+        assert "needs a GPU, and none was found. Without one: --preset tiny" in run("--out", tmp_path / "run", code=1)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path) -> None:

@@ -709,3 +709,18 @@ def test_vllm_serves_the_adapter(tmp_path: Path, adapter: Path) -> None:
     assert vllm == hf and vllm != base
     with pytest.raises(SystemExit, match="engine 'vllm' .now 'hf'"):  # the engines draw differently: no mixing
         ev.main([*greedy, "--out", str(tmp_path / "vllm")])
+
+
+def test_an_adapter_is_known_by_its_weights_and_scale_not_by_paths_or_the_order_of_a_set(tmp_path) -> None:
+    import eval as evaluation
+    marks = []
+    cases = [("/a/tiny", ["q", "k"], 32, b"w"), ("/b/tiny", ["k", "q"], 32, b"w"), ("/a/tiny", ["q", "k"], 16, b"w"),
+             ("/a/tiny", ["q", "k"], 32, b"v")]
+    for n, (base, targets, alpha, weights) in enumerate(cases):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(
+            {"base_model_name_or_path": base, "target_modules": targets, "r": 8, "lora_alpha": alpha}))
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+        marks.append(evaluation.adapter_fingerprint(folder))
+    assert marks[0] == marks[1] and len(set(marks)) == 3
