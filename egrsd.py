@@ -411,7 +411,7 @@ def token_advantages(advantages: Tensor, magnitude: Tensor, gate: Tensor, mask: 
 # and autograd keeps several such tensors. Here `chunk` tokens are multiplied by 8,192 rows of the head at a time, and
 # only the running sums of an online softmax outlive a tile. The student needs no autograd in here either:
 #     d log p(y) / d hidden = head[y] - sum_v p(v) head[v]
-VOCAB_TILE = 8_192  # ours: fastest of the sizes tried
+VOCAB_TILE = 8_192  # ours: 640 tokens, d 512, V 151,936 on two CPU cores: 2.1 s, all of V at once 2.8 s; GPU unmeasured
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
