@@ -570,7 +570,7 @@ def next_problems(problems: list[dict], tokenizer, s: Settings, position: int) -
             batch.append({**row, "prompt_ids": prompt_ids, "teacher_ids": teacher_ids})
             continue
         skipped.append(row["id"])  # [D10] never cut, since a cut reference is a different experiment
-        if len(skipped) == len(problems):
+        if not batch and len(skipped) >= 2 * len(problems):  # a whole epoch at least, wherever this step began
             fail(f"no problem fits: prompt and --max_completion {s.max_completion} exceed --max_length {s.max_length}")
     return batch, position, skipped
 
@@ -658,13 +658,14 @@ def hidden_states(model, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model, s: Settings) -> None:
-    """Refuse a model whose logits are not hidden @ W.T (soft-capped, scaled, biased). [D13]"""
-    W = head_weight(model)
-    ids = torch.randint(0, W.shape[0], (1, 8), generator=torch.Generator().manual_seed(0)).to(W.device)
-    with autocast(W.device):
+    """Refuse a model whose logits are not hidden @ W.T, with W its head (soft-capped, scaled, biased). [D13]"""
+    head = head_weight(model)
+    ids = torch.randint(0, head.shape[0], (1, 8), generator=torch.Generator().manual_seed(0)).to(head.device)
+    with autocast(head.device):
         theirs = model(input_ids=ids, attention_mask=None, use_cache=False).logits[0].float()  # (8, V)
-    distance = ((theirs - _matmul(hidden_states(model, ids)[0].to(W.dtype), W.T)).norm() / theirs.norm()).item()
-    if not distance < (1e-3 if W.dtype == torch.float32 else 2e-2):
+    ours = _matmul(hidden_states(model, ids)[0].to(head.dtype), head.T)  # (8, V)
+    distance = ((theirs - ours).norm() / theirs.norm()).item()
+    if not distance < (1e-3 if head.dtype == torch.float32 else 2e-2):
         fail(f"--model {s.model}: its logits are not hidden @ W.T (relative distance {distance:.2g}); a soft-capped, "
              "scaled or biased head is not supported [D13]")
 
@@ -839,7 +840,8 @@ def sample(generate: Generate, tp: int, prompts: list[list[int]], seeds: list[in
 def probe_engine(generate: Generate, push: Callable, tp: int, model, prompts: list[list[int]], s: Settings) -> str:
     """Prove that pushes arrive: with a random adapter the engine must agree with the trainer, and not with the base.
 
-    Early updates are tiny, so that the canary would notice a lost push only many steps later.
+    train() compares the engine's log-probabilities with the trainer's at each step (the canary), but early updates are
+    tiny: a push that gets lost would show there only many steps later.
     """
     kept = {name: p.detach().clone() for name, p in trainable(model).items()}
     noise = torch.Generator().manual_seed(s.seed)

@@ -736,6 +736,9 @@ def test_a_step_has_its_full_batch_and_names_what_it_skips(tokenizer) -> None:
         seen, skipped = seen + [row["id"] for row in batch], skipped + names
     assert set(skipped) == {"3"} and "3" not in seen
     assert sorted(seen[:19]) == sorted({r["id"] for r in problems} - {"3"})
+    problems[:] = [{**problems[3], "id": f"long {i}"} for i in range(9)] + [problems[0]]  # nine do not fit, one does
+    batch, _, names = egrsd.next_problems(problems, tokenizer, s, 0)
+    assert {row["id"] for row in batch} == {"0"} and len(batch) == 4 and len(names) > len(problems)
     with pytest.raises(SystemExit, match="no problem fits"):
         egrsd.next_problems(problems, tokenizer, tiny_settings("--max_length", 100), 0)
 
@@ -1023,6 +1026,9 @@ def test_a_run_killed_at_any_point_goes_on_exactly(moment, uninterrupted, tmp_pa
               "at the end": lambda: lines(out / "rollouts.jsonl") >= 48}[moment], process)
     process.kill()
     process.wait()
+    if moment == "writing a checkpoint":  # whether or not the kill was quick enough to leave one
+        (out / ".step_4").mkdir(exist_ok=True)
+        (out / ".step_4" / "adapter_model.safetensors").write_bytes(b"half of it")
     if moment == "after a checkpoint":
         with (out / "log.jsonl").open("a") as file:
             file.write('{"step": 3, "rew')  # half a line, as a kill may leave
