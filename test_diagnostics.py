@@ -1,6 +1,7 @@
 """Tests of diagnostics.py: every statistic against a slow loop, a tiny run for real, the page in a browser."""
 import argparse
 import contextlib
+import functools
 import html
 import io
 import json
@@ -19,6 +20,8 @@ import torch
 
 import diagnostics as D
 from egrsd import add_adapter, encode_prompt, load_base, parse_settings
+from support import completions, figures, pages, token_stats
+from support.token_stats import reads_reference
 
 HERE = Path(__file__).resolve().parent
 ARRAYS = ("rollout position token_id teacher_logp student_logp entropy entropy_lookahead max_entropy delta magnitude "
@@ -49,7 +52,7 @@ def refused(*argv: object) -> str:
 
 def random_tokens(R: int = 40, seed: int = 0, V: int = 12) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    columns = {name: [] for name in D.MEASURED}
+    columns = {name: [] for name in token_stats.MEASURED}
     for i in range(R):
         n = int(rng.integers(1, 30))
         H = rng.choice([rng.random(n) ** 3 * 3, np.zeros(n), np.full(n, 0.5)]) if i % 7 == 0 else rng.random(n) ** 3 * 3
@@ -57,7 +60,7 @@ def random_tokens(R: int = 40, seed: int = 0, V: int = 12) -> dict[str, np.ndarr
                             "teacher_logp": -rng.random(n) * 3, "student_logp": -rng.random(n) * 3,
                             "max_entropy": 3.0 + (i // 16) if i // 16 != 1 else 0.7,
                             "advantage": rng.choice([-1.2, 0.0, 0.8])}.items():
-            columns[name].append(np.broadcast_to(np.asarray(value, D.MEASURED[name]), n))
+            columns[name].append(np.broadcast_to(np.asarray(value, token_stats.MEASURED[name]), n))
     flat = {name: np.concatenate(parts) for name, parts in columns.items()}
     flat["entropy"] = np.minimum(flat["entropy"], flat["max_entropy"])
     return flat
@@ -91,7 +94,7 @@ def synthetic(tmp_path_factory) -> tuple[Path, dict, dict]:
         t["result"] = at > 0 and mine[at - 1]["token_id"] == 3
         t["regime"] = ("lock" if t["H_hat"] <= 0.1 else "mid" if t["H_hat"] < 0.3 else "fork" if t["H_hat_CL"] >= 0.3
                        else "pivot" if t["H_hat_CL"] <= 0.1 else "mid")
-    return path, tokens, D.statistics(path, CONTEXT, options(), s)
+    return path, tokens, token_stats.statistics(path, functools.partial(D.gate_quantities, s=s), CONTEXT, options(), s)
 
 
 def mean(values) -> float:
@@ -102,8 +105,8 @@ def mean(values) -> float:
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
 def test_reading_in_pieces_gives_whole_rollouts_and_every_token_once(synthetic, chunk: int) -> None:
     path, tokens, _ = synthetic
-    parts = list(D.read_tokens(path, chunk=chunk))
-    for name in D.MEASURED:
+    parts = list(token_stats.read_tokens(path, chunk=chunk))
+    for name in token_stats.MEASURED:
         assert np.concatenate([part[name] for part in parts]).tolist() == [t[name] for t in tokens]
     seen = [set(part["rollout"].tolist()) for part in parts]
     assert sum(map(len, seen)) == len(set.union(*seen)), "a rollout was cut in two"
@@ -113,7 +116,7 @@ def test_reading_in_pieces_gives_whole_rollouts_and_every_token_once(synthetic, 
 def test_gate_quantities_equal_loops_and_do_not_cross_rollouts(synthetic) -> None:
     path, tokens, _ = synthetic
     s = parse_settings(["--gamma", "0.6", "--W", "4", "--eps", "0.3"])
-    made = D.gate_quantities(next(D.read_tokens(path)), s)
+    made = D.gate_quantities(next(token_stats.read_tokens(path)), s)
     for name, key in {"delta": "delta", "magnitude": "magnitude", "gate": "gate", "gate_lookahead": "gate_lookahead",
                       "entropy_lookahead": "lowest", "token_advantage": "token_advantage"}.items():
         np.testing.assert_allclose(made[name], [t[key] for t in tokens], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -139,7 +142,7 @@ def test_deciles_against_a_loop(synthetic, kind: str) -> None:
 def test_regimes_against_a_loop(synthetic) -> None:
     _, tokens, summary = synthetic
     increments = {}
-    for name in D.REGIMES:
+    for name in token_stats.REGIMES:
         mine = [t for t in tokens if t["regime"] == name]
         row = summary["regimes"][name]
         increments[name] = mean(t["gate_lookahead"] - t["gate"] for t in mine)
@@ -159,12 +162,12 @@ def test_regimes_against_a_loop(synthetic) -> None:
         assert row["lock"] == pytest.approx(mean(t["H_hat"] <= low for t in tokens))
         assert row["fork"] == pytest.approx(mean(t["H_hat"] >= high and t["H_hat_CL"] >= high for t in tokens))
         assert row["pivot"] == pytest.approx(mean(t["H_hat"] >= high and t["H_hat_CL"] <= low for t in tokens))
-        assert sum(row[name] for name in D.REGIMES) == pytest.approx(1)
+        assert sum(row[name] for name in token_stats.REGIMES) == pytest.approx(1)
 
 
 def test_what_is_shown_has_most_of_the_rarest_regime(synthetic) -> None:
     _, tokens, summary = synthetic
-    rarest = {i: min(sum(t["regime"] == name for t in tokens if t["rollout"] == i) for name in D.REGIMES[:3])
+    rarest = {i: min(sum(t["regime"] == name for t in tokens if t["rollout"] == i) for name in token_stats.REGIMES[:3])
               for i in range(40)}
     assert summary["shown"] == sorted(rarest, key=lambda i: (-rarest[i], i))[:2]
 
@@ -173,7 +176,7 @@ def test_bootstrap_resamples_rollouts() -> None:
     rng = np.random.default_rng(1)
     counts = rng.integers(0, 9, (30, 2)).astype(float)
     sums = counts * rng.normal(1, 0.5, (30, 1)) + rng.normal(0, 0.1, (30, 2))  # tokens of a rollout resemble each other
-    middle, low, high, drawn = D.bootstrap(sums, counts)
+    middle, low, high, drawn = token_stats.bootstrap(sums, counts)
     by_hand, pick = [], random.Random(5)
     for _ in range(4000):
         rows = [pick.randrange(30) for _ in range(30)]
@@ -181,7 +184,7 @@ def test_bootstrap_resamples_rollouts() -> None:
     assert drawn.shape == (1000, 2)
     np.testing.assert_allclose(middle, sums.sum(0) / counts.sum(0))
     np.testing.assert_allclose([low, high], np.quantile(by_hand, [0.025, 0.975], axis=0), atol=0.03)
-    empty = D.bootstrap(np.zeros((5, 1)), np.zeros((5, 1)))
+    empty = token_stats.bootstrap(np.zeros((5, 1)), np.zeros((5, 1)))
     assert all(np.isnan(part).all() for part in empty[:3])
 
 
@@ -191,12 +194,13 @@ def test_peaks_envelope_and_runs_against_loops() -> None:
         x = [float(rng.randint(0, 4)) for _ in range(rng.randint(1, 25))]
         tops = [t for t in range(len(x)) if (t == 0 or x[t - 1] < x[t]) and (t + 1 == len(x) or x[t + 1] <= x[t])]
         best = sorted(sorted(tops, key=lambda t: (-x[t], t))[:3])
-        assert D.local_peaks(np.array(x), 3).tolist() == best
+        assert token_stats.local_peaks(np.array(x), 3).tolist() == best
         window = lambda values, t: [values[j] for j in range(len(values)) if abs(j - t) <= 2]  # noqa: E731
         highest = [max(window(x, t)) for t in range(len(x))]
-        np.testing.assert_allclose(D.envelope(np.array(x), 5), [mean(window(highest, t)) for t in range(len(x))])
+        smooth = [mean(window(highest, t)) for t in range(len(x))]
+        np.testing.assert_allclose(token_stats.envelope(np.array(x), 5), smooth)
         flags = [v > 2 for v in x]
-        runs = D.runs_of(np.array(flags))
+        runs = token_stats.runs_of(np.array(flags))
         assert [t for a, b in runs for t in range(a, b)] == [t for t, flag in enumerate(flags) if flag]
         assert all(b1 < a2 for (_, b1), (a2, _) in zip(runs, runs[1:]))
 
@@ -207,7 +211,7 @@ def test_the_control_tells_a_reader_from_one_who_does_not_read() -> None:
     correct, result = np.arange(60) % 2 == 0, np.tile(np.arange(8) == 5, 60)
     other = rng.normal(0, 0.3, 480)
     reader = other + np.where(result, np.where(correct[rollout], 0.5, -1.0), 0) + rng.normal(0, 0.1, 480)
-    seen = D.reads_reference(reader, other, rollout, correct, result)
+    seen = reads_reference(reader, other, rollout, correct, result)
     assert seen["verdict"].startswith("YES")
     row = seen["table"]["result tokens of wrong completions"]
     picked = [k for k in range(480) if result[k] and not correct[rollout[k]]]
@@ -218,9 +222,9 @@ def test_the_control_tells_a_reader_from_one_who_does_not_read() -> None:
     # the same with any reference; everything likelier with its own, right or wrong; right ones likelier by chance
     by_chance = other + np.where(rollout % 4 < 2, 0.3, -0.3) + 0.02 * correct[rollout]
     for blind in (other, other + 0.7, by_chance):
-        assert D.reads_reference(blind, other, rollout, correct, result)["verdict"].startswith("NO")
-    assert D.reads_reference(other + 0.3, other, rollout, correct, result & False)["verdict"].startswith("YES")
-    assert D.reads_reference(reader, other, rollout, correct & False, result)["verdict"].startswith("UNDECIDED")
+        assert reads_reference(blind, other, rollout, correct, result)["verdict"].startswith("NO")
+    assert reads_reference(other + 0.3, other, rollout, correct, result & False)["verdict"].startswith("YES")
+    assert reads_reference(reader, other, rollout, correct & False, result)["verdict"].startswith("UNDECIDED")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +263,7 @@ def test_the_control_shows_each_completion_the_reference_of_another_problem(tiny
     _, tokenizer, s = tiny_model
     rows = [{"key": str(i // 2), "problem": f"Compute {i // 2} .", "reference": f"#1 {i // 2}", "prompt_ids": []}
             for i in range(8)]
-    D.give_prompts(rows, tokenizer, s)
+    completions.give_prompts(rows, tokenizer, s)
     seen = {}
     for row in rows:
         own, other = (re.search(r"Compute (\d) \. Reference : #1 (\d) ", tokenizer.decode(row[name])).groups()
@@ -396,7 +400,7 @@ def test_samples_of_an_evaluation_and_their_references(rollouts, tmp_path) -> No
     assert context["references"] == {"a right completion": 1, "worked solution": 1, "bare answer": 10}
     given = [{"key": 0, "correct": c, "solution": "", "answer": "7", "text": text, "completion_ids": [k]}
              for k, (c, text) in enumerate([(True, "<think> a </think> b"), (False, "x"), (True, "</think> d")])]
-    D.give_references(given)
+    completions.give_references(given)
     assert [row["reference"] for row in given] == ["d", "b", "b"], "its own text must never be a rollout's reference"
 
 
@@ -457,7 +461,7 @@ def test_lines_of_the_dynamics_figure_are_the_logs(tmp_path) -> None:
         paths.append(str(write_rows(tmp_path / name / "log.jsonl", [
             {"step": k, "grad_norm": limit * k + 0.01, "reward": k / 7, "length": 9 - k, "running_std": None}
             for k in range(6)])))
-    figure = D.draw_dynamics([paths[0], str(tmp_path / "two")])
+    figure = figures.draw_dynamics([paths[0], str(tmp_path / "two")], 0.1)
     axes = figure.axes
     figure.canvas.draw()
     assert not any("$" in text.get_text() for text in axes[0].get_yticklabels(which="both"))
@@ -505,7 +509,7 @@ def page_of(number: int, folder: Path) -> tuple[Path, dict]:
     one = {name: values[flat["rollout"] == number] for name, values in flat.items()}
     one["text"] = [NASTY[k % len(NASTY)] for k in range(len(one["rollout"]))]
     path, s = folder / "microscope.html", parse_settings(["--gamma", "0.6", "--W", "3"])
-    path.write_text(D.microscope(one, number, NASTY[0] + NASTY[1], options(), s))
+    path.write_text(pages.microscope(one, number, NASTY[0] + NASTY[1], options(), s))
     return path, one
 
 

@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 import egrsd
 from egrsd import (RewardStats, confidence_gate, evidence_magnitude, logprob_and_entropy, logprob_and_gradient,
                    lookahead_min, shaped_reward, token_advantages)
-from grading import extract_answer, grade_completions
+from support.grading import extract_answer, grade_completions
+from support.runs import ROLLOUT_KEYS
 
 NAN, INF = math.nan, math.inf
 # derandomized: the same examples on every machine, so a failure repeats
@@ -789,8 +790,8 @@ def test_defaults_are_table_a1_and_presets_set_what_goes_with_the_model() -> Non
 
 @pytest.mark.parametrize("options, sentence", [
     (["--gama", "1"], "unrecognized arguments"), (["--gamma", "-1"], "--gamma and --W"), (["--W", "1.5"], "invalid"),
-    (["--preset", "huge"], "choose one of qwen3-8b"), (["--top_p", "0"], "--top_p"), (["--steps", "-1"], "--steps"),
-    (["--rollout", "tgi"], "choose auto, vllm or hf"), (["--max_completion", "20000"], "leave room"),
+    (["--preset", "huge"], "invalid choice"), (["--top_p", "0"], "--top_p"), (["--steps", "-1"], "--steps"),
+    (["--rollout", "tgi"], "invalid choice"), (["--max_completion", "20000"], "leave room"),
     (["--batch_size", "7", "--rollouts_per_prompt", "2"], "multiple of"), (["--batch_size", "0"], "sizes"),
     (["--student_prompt", "hello"], "must hold"), (["--resume", "--overwrite"], "choose one"),
 ])
@@ -966,7 +967,7 @@ def test_an_ordinary_batch_takes_under_a_second_and_a_hostile_one_no_longer_than
 
 
 def test_grading_processes_end_with_a_killed_parent(tmp_path) -> None:
-    script = (r"import grading, time; grading.grade_completions([r'\boxed{1/2}'], ['0.5']); "
+    script = (r"import time; from support import grading; grading.grade_completions([r'\boxed{1/2}'], ['0.5']); "
               "print(*[w.pid for w in grading._workers], flush=True); time.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
@@ -1165,7 +1166,7 @@ def test_the_tiny_preset_learns_within_its_figures(tmp_path) -> None:
         "log.jsonl", "rollouts.jsonl", "summary.json", "settings.json", "versions.json", "prompts.txt", "curves.png",
         "step_25", "step_50", "step_75", "step_100"}
     rollouts = read_log(tmp_path / "run", "rollouts.jsonl")
-    assert len(rollouts) == 6400 and tuple(rollouts[0]) == egrsd.ROLLOUT_KEYS
+    assert len(rollouts) == 6400 and tuple(rollouts[0]) == ROLLOUT_KEYS
     mine = [r for r in rollouts if r["step"] == 40]  # the log's figures from the rollouts alone
     assert log[40]["reward"] == pytest.approx(statistics.fmean(r["reward"] for r in mine))
     earlier = [r["reward"] for r in rollouts if r["step"] < 40]

@@ -23,7 +23,10 @@ import torch
 import egrsd
 import eval as ev
 from egrsd import HERE, PRESETS, Settings, add_adapter, load_base
-from grading import answers_match, grade_completions
+from support import benchmarks, scores
+from support.benchmarks import load_benchmark
+from support.grading import answers_match, grade_completions
+from support.scores import paired_difference
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 TINY = ["--preset", "tiny", "--limit", "8", "--K", "3"]
@@ -51,7 +54,7 @@ def test_scores_equal_numpy(problems: int, K: int, runs: int) -> None:
     samples = fake_samples(problems, K, runs)
     right, tokens = matrix(samples, "correct", problems), matrix(samples, "tokens", problems)
     random.Random(1).shuffle(samples)  # the order of the lines must not matter
-    b = ev.benchmark_scores(samples)
+    b = scores.benchmark_scores(samples)
     assert (b["problems"], b["samples"]) == (problems, problems * K * runs)
     assert b["accuracy"] == pytest.approx(100 * right.mean())
     assert b["se"] == pytest.approx(100 * np.sqrt(right.mean(1).var(ddof=1) / problems))
@@ -71,7 +74,7 @@ def test_standard_error_is_that_of_a_bootstrap_over_problems() -> None:
     means = matrix(samples, "correct", 40).mean(1)
     draws = np.random.default_rng(0).integers(0, 40, (20_000, 40))
     bootstrap = 100 * means[draws].mean(1).std() * np.sqrt(40 / 39)  # a bootstrap divides by n, the estimate by n - 1
-    b = ev.benchmark_scores(samples)
+    b = scores.benchmark_scores(samples)
     assert b["se"] == pytest.approx(bootstrap, rel=0.03)
     naive = 100 * np.sqrt(means.mean() * (1 - means.mean()) / 160)  # as if 160 samples were 160 problems
     assert b["se"] > 1.3 * naive
@@ -80,36 +83,36 @@ def test_standard_error_is_that_of_a_bootstrap_over_problems() -> None:
 def test_paired_difference_equals_numpy_and_a_bootstrap() -> None:
     a, b = fake_samples(40, 4, seed=1, shift=0.1), fake_samples(40, 4, seed=2)
     d = 100 * (matrix(a, "correct", 40).mean(1) - matrix(b, "correct", 40).mean(1))
-    mean, se, n = ev.paired_difference(a, b)
+    mean, se, n = paired_difference(a, b)
     assert (mean, se, n) == (pytest.approx(d.mean()), pytest.approx(d.std(ddof=1) / 40 ** 0.5), 40)
     draws = np.random.default_rng(0).integers(0, 40, (20_000, 40))
     assert se == pytest.approx(d[draws].mean(1).std() * np.sqrt(40 / 39), rel=0.03)
-    separate = math.hypot(ev.benchmark_scores(a)["se"], ev.benchmark_scores(b)["se"])
+    separate = math.hypot(scores.benchmark_scores(a)["se"], scores.benchmark_scores(b)["se"])
     assert se < 0.8 * separate  # pairing takes the difficulty of the problems out
-    assert ev.paired_difference(a, a)[:2] == (0.0, 0.0)
-    assert ev.paired_difference(a, b, lambda row: row["tokens"])[0] == pytest.approx(
+    assert paired_difference(a, a)[:2] == (0.0, 0.0)
+    assert paired_difference(a, b, lambda row: row["tokens"])[0] == pytest.approx(
         matrix(a, "tokens", 40).mean() - matrix(b, "tokens", 40).mean())
 
 
 def test_only_common_problems_are_paired() -> None:
     a, b = fake_samples(10, 2), [row for row in fake_samples(12, 2, seed=3) if int(row["id"]) >= 4]
-    mean, _, n = ev.paired_difference(a, b)
+    mean, _, n = paired_difference(a, b)
     inner = ([row for row in rows if 4 <= int(row["id"]) < 10] for rows in (a, b))
     assert n == 6 and mean == pytest.approx(np.subtract(*(matrix(rows, "correct", 6).mean() for rows in inner)) * 100)
     with pytest.raises(SystemExit, match="no problem"):
-        ev.paired_difference(a, [{**row, "gold": "2"} for row in b])  # an id alone does not make it the same problem
+        paired_difference(a, [{**row, "gold": "2"} for row in b])  # an id alone does not make it the same problem
 
 
 def test_macro_average_and_efficiency() -> None:
     samples = {name: fake_samples(n, 4, seed=n) for name, n in (("a", 9), ("b", 20), ("c", 30))}
-    parts = [ev.benchmark_scores(rows) for rows in samples.values()]
-    run = ev.run_scores(samples, samples)
+    parts = [scores.benchmark_scores(rows) for rows in samples.values()]
+    run = scores.run_scores(samples, samples)
     assert run["accuracy"] == pytest.approx(np.mean([b["accuracy"] for b in parts]))
     assert run["se"] == pytest.approx(np.linalg.norm([b["se"] for b in parts]) / 3)
     assert run["length"] == pytest.approx(np.mean([b["length"] for b in parts]))
     assert run["eff"] == pytest.approx(run["accuracy"] / np.mean([b["length"] for b in parts]) * 1000)
-    one = ev.run_scores({"a": fake_samples(1, 4)}, ["a"])
-    assert one["se"] is None and ev.show(one["accuracy"], one["se"])  # a single problem has no error bar, and no crash
+    one = scores.run_scores({"a": fake_samples(1, 4)}, ["a"])
+    assert one["se"] is None and scores.show(one["accuracy"], one["se"])  # a single problem: no error bar
 
 
 def test_pareto_equals_a_slow_search() -> None:
@@ -118,11 +121,11 @@ def test_pareto_equals_a_slow_search() -> None:
         points = [(rng.randrange(6), rng.randrange(6)) for _ in range(rng.randrange(1, 9))]
         want = [i for i, (x, y) in enumerate(points)
                 if not any((u < x and v >= y) or (u <= x and v > y) for u, v in points)]
-        assert ev.pareto(points) == want
+        assert scores.pareto(points) == want
 
 
 def test_published_figures_are_consistent() -> None:
-    with open(HERE / "paper_tables.csv", newline="") as file:
+    with open(HERE / "support" / "paper_tables.csv", newline="") as file:
         rows = {}
         for f in csv.DictReader(file):
             assert f["metric"] not in rows.setdefault((f["table"], f["model"], f["method"], f["gamma"], f["W"]), {})
@@ -294,7 +297,7 @@ def test_gold_against_gold_through_the_parser() -> None:
     if not (folder / "minerva.jsonl").exists():
         pytest.skip(f"no benchmark files in {folder}; set EGRSD_DATA")
     e = ev.EvalSettings(data_dir=str(folder))
-    rows = [(f"{name} {p['id']}", p["answer"]) for name in e.benchmarks.split(",") for p in ev.load_benchmark(name, e)]
+    rows = [(f"{name} {p['id']}", p["answer"]) for name in e.benchmarks.split(",") for p in load_benchmark(name, e)]
     assert len(rows) == 30 + 30 + 30 + 500 + 272 + 1319
     with multiprocessing.get_context("spawn").Pool(2) as pool:  # spawned: math-verify's alarms need a main thread each
         wrong = [name for name, right in pool.map(gold_against_gold, rows, chunksize=16) if not right]
@@ -304,11 +307,11 @@ def test_gold_against_gold_through_the_parser() -> None:
 def test_paper_grader_fails_where_ours_does_not(tmp_path: Path) -> None:
     rows = [{"benchmark": "minerva", "text": rf"\boxed{{{answer}}}", "gold": "4.5e33", "finish": finish}
             for answer, finish in ((r"4.5 \times 10^{33}", "stop"), ("4.5e33", "stop"), ("4.5e33", "length"))]
-    ev.grade(rows, "ours")
+    benchmarks.grade(rows, "ours")
     assert [row["graders"] for row in rows] == [{"ours": True, "paper": False}, {"ours": True, "paper": True},
                                                 {"ours": False, "paper": False}]  # cut is wrong, whatever it says
     assert [row["correct"] for row in rows] == [True, True, False]
-    ev.grade(rows, "paper")
+    benchmarks.grade(rows, "paper")
     assert [row["correct"] for row in rows] == [False, True, False]
 
 
@@ -327,7 +330,7 @@ def test_hub_columns(monkeypatch: pytest.MonkeyPatch) -> None:
               "HuggingFaceH4/aime_2024": [{"id": 60, "problem": "p", "solution": "s", "answer": 204, "year": "2024"}],
               "math-ai/minervamath": [{"question": "q", "answer": "4.5e33"}, {"question": "r", "answer": 0}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *of, split: asked.append((*of, split)) or tables[of[0]])
-    load = lambda name: ev.load_benchmark(name, ev.EvalSettings())  # noqa: E731
+    load = lambda name: load_benchmark(name, ev.EvalSettings())  # noqa: E731
     assert load("gsm8k")[0] == {"id": "0", "problem": "q?", "solution": "3 * 400 = <<1>>1,200\n", "answer": "1200"}
     assert load("hmmt25")[0] == {"id": "1", "problem": "p", "solution": "", "answer": "\\frac{1}{2}"}
     assert load("aime24")[0] == {"id": "60", "problem": "p", "solution": "s", "answer": "204"}
@@ -339,12 +342,12 @@ def test_work_list_has_a_distinct_seed_for_each_sample() -> None:
     tokenizer = egrsd.load_tokenizer(Settings(**PRESETS["tiny"]))
     problems = [{"id": str(n), "problem": "Compute 1 #1 +1 .", "answer": "2", "solution": ""} for n in range(30)]
     e = ev.EvalSettings(student_prompt="{problem}")
-    work = ev.work_list({"aime24": problems, "aime25": problems}, tokenizer, e)
+    work = benchmarks.work_list({"aime24": problems, "aime25": problems}, tokenizer, e)
     assert len(work) == 30 * 4 * 5 + 30 * 4 and len({item["seed"] for item in work}) == len(work)
-    assert len({ev.sample_key(item) for item in work}) == len(work)
-    fewer = ev.work_list({"aime25": problems[7:9]}, tokenizer, dataclasses.replace(e, K=2))
-    seeds = {ev.sample_key(item): item["seed"] for item in work}
-    assert all(seeds[ev.sample_key(item)] == item["seed"] for item in fewer)  # whatever else is evaluated
+    assert len({benchmarks.sample_key(item) for item in work}) == len(work)
+    fewer = benchmarks.work_list({"aime25": problems[7:9]}, tokenizer, dataclasses.replace(e, K=2))
+    seeds = {benchmarks.sample_key(item): item["seed"] for item in work}
+    assert all(seeds[benchmarks.sample_key(item)] == item["seed"] for item in fewer)  # whatever else is evaluated
 
 
 def test_prompt_that_opens_think_counts() -> None:
@@ -353,9 +356,9 @@ def test_prompt_that_opens_think_counts() -> None:
     item = {"benchmark": "x", "id": "1", "run": 0, "sample": 0, "seed": 0, "gold": "4"}
     texts = (r"\boxed{ 4 } <|im_end|>", r"</think> \boxed{ 4 } <|im_end|>", r"\boxed{ 4 }")
     ends = encode("<|im_end|>")
-    rows = [ev.finish_sample({**item, "prompt_ids": encode(prompt)}, encode(text), tokenizer, ends, False)
+    rows = [benchmarks.finish_sample({**item, "prompt_ids": encode(prompt)}, encode(text), tokenizer, ends, False)
             for prompt in ("assistant", "assistant <think>") for text in texts]
-    ev.grade(rows, "ours")
+    benchmarks.grade(rows, "ours")
     assert [(row["correct"], row["status"], row["tokens"], row["finish"]) for row in rows] == [
         (True, "ok", 4, "stop"), (True, "ok", 5, "stop"), (False, "ok", 3, "length"),
         (False, "unfinished", 4, "stop"), (True, "ok", 5, "stop"), (False, "unfinished", 3, "length")]
@@ -369,9 +372,9 @@ def test_prompt_that_opens_think_counts() -> None:
     (["--max_new", "0"], "must be at least 1"),
     (["--top_p", "0"], "--top_p and --gpu_memory in"),
     (["--temperature", "0"], "goes with --K 1"),
-    (["--engine", "llamacpp"], "choose auto, vllm or hf"),
-    (["--grader", "mine"], "choose ours or paper"),
-    (["--preset", "qwen9"], "choose one of qwen3-8b"),
+    (["--engine", "llamacpp"], "invalid choice"),
+    (["--grader", "mine"], "invalid choice"),
+    (["--preset", "qwen9"], "invalid choice"),
     (["--student_prompt", "Solve it"], "must hold {problem}"),
     (["--paper", "qwen3-8b"], "--paper goes with --compare"),
     (["--regrade", "--out", "no/such/folder"], "holds no evaluation"),
@@ -444,8 +447,8 @@ def adapter_run(tmp_path_factory: pytest.TempPathFactory, adapter: Path) -> Path
 
 def rows_of(out: Path) -> dict[tuple, dict]:
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert len({ev.sample_key(row) for row in rows}) == len(rows)
-    return {ev.sample_key(row): row for row in rows}
+    assert len({benchmarks.sample_key(row) for row in rows}) == len(rows)
+    return {benchmarks.sample_key(row): row for row in rows}
 
 
 def test_base_run(base_run: Path) -> None:

@@ -1,7 +1,7 @@
 """
 Grading: take the last boxed answer out of a completion and compare it with the gold answer, whatever the model wrote.
 
-Kept apart from egrsd.py so that a grading process starts without torch. The comparison is math-verify's, wrapped: by
+It imports nothing of ours, so that a grading process starts without torch. The comparison is math-verify's, wrapped: by
 itself it accepts answers without a box and misreads some right ones, and its time limits are alarms, which stop no long
 C call. So we extract and normalise ourselves, and grade in processes that may be killed.
 """
@@ -20,7 +20,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 class Grade(NamedTuple):
@@ -148,9 +148,9 @@ atexit.register(lambda: [worker.kill() for worker in _workers])
 
 def _start_worker() -> subprocess.Popen:
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    worker = subprocess.Popen([sys.executable, "-c", "import grading; grading.grader_worker()"], text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              env={**os.environ, "PYTHONPATH": path})
+    program = "from support.grading import grader_worker; grader_worker()"
+    worker = subprocess.Popen([sys.executable, "-c", program], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
     _workers[worker] = False
     return worker
 
