@@ -27,15 +27,16 @@ import numpy as np
 import torch
 
 from egrsd import (Settings, completion_hidden, confidence_gate, evidence_magnitude, logprob_and_entropy,
-                   lookahead_min, micro_batches, parse_settings, roll_out, shaped_reward, start_vllm, teacher_pass,
-                   token_advantages, vllm_generate)
+                   lookahead_min, micro_batches, parse_settings, roll_out, shaped_reward, teacher_pass,
+                   token_advantages)
 from support.basics import (fail, first_wrong, make_folder, progress, rank_and_world, read_json, start_processes,
                             write_json)
 from support.completions import check_rows, eval_rows, give_prompts, give_references, run_rows
 from support.data import encode_prompt, fill, load_problems
-from support.engines import choose_engine, end_tokens, hf_generate, kv_cache_bytes
+from support.engines import (choose_engine, end_tokens, hf_generate, kv_cache_bytes, sample, start_vllm,
+                             vllm_generate)
 from support.figures import draw_all
-from support.models import add_adapter, check_head, head_weight, load_base, load_tokenizer, use_student
+from support.models import add_adapter, check_head, head_of, load_base, load_tokenizer, use_student
 from support.pages import microscope, verdict_of, write_report
 from support.token_stats import MEASURED, follows, reads_reference, shown_rollouts, statistics, token_texts
 
@@ -118,7 +119,7 @@ def sampled_rows(model, tokenizer, o: argparse.Namespace, s: Settings, device: t
                          kv_cache_memory_bytes=kv_cache_bytes(s, model.config, device, 1))
         lora = LoRARequest("student", 1, o.adapter) if o.adapter else None
         generate = functools.partial(vllm_generate, llm, lora, ends)
-    return roll_out(generate, 1, rows, tokenizer, ends, "diagnostics", s,
+    return roll_out(functools.partial(sample, generate, 1), rows, tokenizer, ends, "diagnostics", s,
                     temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
 
 
@@ -137,11 +138,10 @@ def student_pass(model, rows: list[dict], s: Settings) -> list[np.ndarray]:
     """log p_S of each row's completion tokens, as in training: adapter on, no reference in sight."""
     logps = [None] * len(rows)
     for group in micro_batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], s.micro_batch_tokens):
-        y = [rows[i]["completion_ids"] for i in group]
-        hidden = completion_hidden(model, [rows[i]["prompt_ids"] for i in group], y) / s.logit_temperature
-        targets = torch.tensor(sum(y, []), device=hidden.device)
-        logp, _ = logprob_and_entropy(hidden, head_weight(model), targets, s.head_chunk)
-        for i, of_row in zip(group, logp.split([*map(len, y)])):
+        completions = [rows[i]["completion_ids"] for i in group]
+        hidden, y = completion_hidden(model, [rows[i]["prompt_ids"] for i in group], completions)
+        logp, _ = logprob_and_entropy(hidden / s.logit_temperature, head_of(model), y, s.head_chunk)
+        for i, of_row in zip(group, logp.split([*map(len, completions)])):
             logps[i] = of_row.cpu().numpy()
     return logps
 

@@ -25,7 +25,7 @@ Symbols (the paper's)                           Shapes
 
 Where the paper is silent we had to decide: tags like [D1], explained in README.md, mark where. After the settings and
 the mathematics the file follows the data; "Alg. 1, line n" marks each line of Algorithm 1 once. What is not the method
-lies in support/: processes and files, data and prompts, model loading, transformers' generate, grading, checkpoints.
+lies in support/: files, loading data and models, vLLM and transformers behind one interface, grading, checkpoints.
 """
 import atexit
 import contextlib
@@ -36,31 +36,56 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from support.basics import (HERE, barrier, fail, failing_at_once, first_wrong, gather, make_parser, opt, progress,
-                            rank_and_world, read_json, reduce_, say, start_processes, stop_on_signals, write_json)
-from support.data import STUDENT_PROMPT, TEACHER_PROMPT, encode_prompt, fill, load_problems, next_problems, \
-    read_completion
-from support.engines import (Completion, Generate, choose_engine, end_tokens, hf_generate, kv_cache_bytes, rollout_seed,
-                             sample, tensor_parallel)
-from support.grading import Grade, extract_answer, grade_completions  # noqa: F401  for all who import egrsd
-from support.models import (add_adapter, check_head, check_place, head_weight, hidden_states, load_base,
-                            load_tokenizer, trainable)
+from support.basics import (HERE, barrier, fail, failing_at_once, first_wrong, gather, installed, make_parser, opt,
+                            progress, rank_and_world, read_json, reduce_, say, start_processes, stop_on_signals,
+                            write_json)
+from support.data import encode_prompt, epoch_order, fill, load_held_out, load_problems, read_completion
+from support.engines import (Draw, choose_engine, end_tokens, hf_generate, kv_cache_bytes, rollout_seed, sample,
+                             start_vllm, tensor_parallel, vllm_generate)
+from support.grading import Grade, extract_answer, grade_completions  # noqa: F401  two of them for who imports egrsd
+from support.models import (add_adapter, check_head, check_place, head_of, hidden_states, load_base, load_tokenizer,
+                            trainable)
 from support.runs import (PHASES, cut_log, latest_checkpoint, load_checkpoint, log_row, memory_estimate, open_run,
                           record_step, save_checkpoint, show_start, start_wandb)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: one dataclass, one parser. Each default is followed by where it comes from.
 
+CLOSING = "Reason step by step, and put your final answer within \\boxed{}."
+STUDENT_PROMPT = "Problem: {problem}\n\n" + CLOSING
+TEACHER_PROMPT = """Problem: {problem}
+
+Here is a reference solution to this problem.
+=== Reference solution begins ===
+{solution}
+=== Reference solution ends ===
+
+Make sure that you understand every step of the reference. Then solve the problem again, and derive the same answer in \
+your own words.
+
+""" + CLOSING
+
+PRESETS = {
+    "qwen3-8b": {},  # the defaults below; its CL-EGRSD is --gamma 1.0 --W 5 (Table A2)
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B"},  # its CL-EGRSD is --gamma 0.3 --W 3 (Table A2)
+    "tiny": {  # ours, all of it: a 247k-parameter Qwen3 that tiny/make.py trained on arithmetic
+        "model": str(HERE / "tiny"), "data": str(HERE / "tiny" / "train.jsonl"),
+        "eval_data": str(HERE / "tiny" / "test.jsonl"), "student_prompt": "{problem}",
+        "teacher_prompt": "{problem} Reference : {solution} Solve it in your own way .",
+        "gamma": 1.0, "W": 5, "lr": 2e-3, "batch_size": 64, "max_completion": 96, "max_length": 256, "lora_r": 16,
+        "lora_alpha": 32, "threads": 1},
+}
+
 
 @dataclasses.dataclass
 class Settings:
-    preset: str = opt("run", "qwen3-8b", "what goes with a model", "qwen3-8b", "qwen3-4b", "tiny")
+    preset: str = opt("run", "qwen3-8b", "what goes with a model", *PRESETS)
     out: str = opt("run", "", "run folder; by default runs/PRESET")
     resume: bool = opt("run", False, "go on with the run in --out from its last checkpoint, with its settings")
     overwrite: bool = opt("run", False, "delete the run that --out already holds")
@@ -111,16 +136,6 @@ class Settings:
     top_k: int = opt("rollout", 20, "most tokens that the sampling considers, 0 = all")  # Table A1
 
 
-PRESETS = {
-    "qwen3-8b": {},  # the defaults; its CL-EGRSD is --gamma 1.0 --W 5 (Table A2)
-    "qwen3-4b": {"model": "Qwen/Qwen3-4B"},  # its CL-EGRSD is --gamma 0.3 --W 3 (Table A2)
-    "tiny": {  # ours, all of it: a 247k-parameter Qwen3 that tiny/make.py trained on arithmetic
-        "model": str(HERE / "tiny"), "data": str(HERE / "tiny" / "train.jsonl"),
-        "eval_data": str(HERE / "tiny" / "test.jsonl"), "student_prompt": "{problem}",
-        "teacher_prompt": "{problem} Reference : {solution} Solve it in your own way .",
-        "gamma": 1.0, "W": 5, "lr": 2e-3, "batch_size": 64, "max_completion": 96, "max_length": 256, "lora_r": 16,
-        "lora_alpha": 32, "threads": 1},
-}
 # What --resume may change: how far and how fast a run goes, not what it computes.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "steps", "save_every", "wandb", "attn", "gradient_checkpointing",
                   "threads", "micro_batch_tokens", "head_chunk", "rollout", "rollout_tp"}
@@ -132,12 +147,12 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     Exits with status 2 and a sentence where an option is unknown or a value makes no sense.
     """
     parser = make_parser(Settings, "egrsd.py", __doc__)
-    first = parser.parse_args(argv)
-    out = first.out or f"runs/{first.preset}"
+    given = parser.parse_args(argv)  # a first time, for the preset and the run that set the other defaults
+    out = given.out or f"runs/{given.preset}"
     saved = Path(out) / "settings.json"
-    run = read_json(saved, {}) if first.resume else {}
-    own = {"out": out, "resume": False, "overwrite": False, "wandb": ""}
-    parser.set_defaults(**{**PRESETS[first.preset], **run, **own})
+    run = read_json(saved, {}) if given.resume else {}
+    own = {"out": out, "resume": False, "overwrite": False, "wandb": ""}  # of this start, never of the saved run
+    parser.set_defaults(**{**PRESETS[given.preset], **run, **own})
     s = Settings(**vars(parser.parse_args(argv)))
     world = rank_and_world()[1]
     changed = [f"--{key} {getattr(s, key)!r} (it has {value!r})" for key, value in run.items()
@@ -155,6 +170,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         (s.batch_size % max(1, s.rollouts_per_prompt), f"--batch_size {s.batch_size} must be a multiple of "
          f"--rollouts_per_prompt {s.rollouts_per_prompt}"),
         (s.batch_size % world, f"--batch_size {s.batch_size} must be a multiple of the {world} processes"),
+        (s.wandb and not installed("wandb"), "--wandb: it is not installed (pip install wandb)"),
         (s.max_completion >= s.max_length, "--max_length must leave room for a prompt beside --max_completion"),
         ("{problem}" not in s.student_prompt or "{solution}" in s.student_prompt
          or "{solution}" not in s.teacher_prompt,
@@ -167,16 +183,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 # The mathematics: pure functions of (B, T) right-padded tensors and their mask. Entropies and log-ratios are in nats.
 
 
-def _check(name: str, value: Tensor, shape: tuple[int, ...] | torch.Size, mask: Tensor | None = None) -> None:
-    if tuple(value.shape) != tuple(shape):
+def _check(name: str, value: Tensor, shape: tuple[int | str, ...] | torch.Size, mask: Tensor | None = None) -> None:
+    if value.ndim != len(shape) or any(want not in (n, "B", "T") for want, n in zip(shape, value.shape)):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-    real = value if mask is None else value[mask.bool()]
-    if real.isnan().any():
+    if (value if mask is None else value[mask.bool()]).isnan().any():
         raise ValueError(f"{name} holds NaN")
 
 
 def _check_mask(mask: Tensor) -> None:
-    _check("mask", mask, mask.shape if mask.ndim == 2 else ("B", "T"))
+    _check("mask", mask, ("B", "T"))
     if not mask.bool().any():
         raise ValueError("mask has not a single token")
 
@@ -204,7 +219,7 @@ class RewardStats:
         return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 0.0
 
     def update(self, rewards: Iterable[float] | Tensor) -> None:
-        for r in torch.as_tensor(list(rewards), dtype=torch.float64).flatten().tolist():
+        for r in map(float, rewards):
             if not math.isfinite(r):
                 raise ValueError(f"rewards holds {r}")
             self.count += 1
@@ -268,12 +283,12 @@ def evidence_magnitude(teacher_logp: Tensor, student_logp: Tensor, direction: Te
     """
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    _check("teacher_logp", teacher_logp, teacher_logp.shape if teacher_logp.ndim == 2 else ("B", "T"))
+    _check("teacher_logp", teacher_logp, ("B", "T"))
     _check("student_logp", student_logp, teacher_logp.shape)
     _check("direction", direction, teacher_logp.shape[:1])
     D = direction.to(teacher_logp)[:, None]  # (B, 1)
     delta = (teacher_logp - student_logp).detach()  # (B, T); Alg. 1, line 16
-    exponent = torch.where(D == 0, torch.zeros_like(delta), D * delta)  # not 0 * inf
+    exponent = torch.where(D == 0, 0.0, D * delta)  # not 0 * inf
     return exponent.exp().clamp(1.0 - eps, 1.0 + eps)  # (B, T); Alg. 1, line 17
 
 
@@ -357,58 +372,44 @@ def logprob_and_gradient(hidden: Tensor, head_weight: Tensor, targets: Tensor, c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rollout: vLLM inside the training process (or transformers), then the reward.
+# Rollout: the step's problems, an engine with the current adapter, completions, rewards
 
 
-def start_vllm(model: str, device: torch.device, tp: int, max_length: int, lora_r: int = 0, **engine: object):
-    """A vLLM engine inside this process (colocated), tensor-parallel over `tp` of torchrun's ranks."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what we ask for
-    if device.type == "cpu":
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # which takes longer than it saves
-    from vllm import LLM
-    if lora_r:  # vLLM takes only these as the largest rank
-        engine |= {"enable_lora": True, "max_loras": 1,
-                   "max_lora_rank": next((r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= lora_r), lora_r)}
-    if rank_and_world()[1] > 1:
-        engine |= {"distributed_executor_backend": "external_launcher"}
-    return LLM(model=model, skip_tokenizer_init=True, dtype="bfloat16" if device.type == "cuda" else "float32", seed=0,
-               tensor_parallel_size=tp, max_model_len=max_length, enforce_eager=device.type == "cpu",
-               logprobs_mode="raw_logprobs", **engine)  # comparable with the trainer's, whatever the sampling
-
-
-def vllm_generate(llm, lora, ends: list[int], prompts: list[list[int]], seeds: list[int], *, temperature: float,
-                  top_p: float, top_k: int, max_new: int) -> Iterator[Completion]:
-    """vLLM, which sees the whole work list at once."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-        how = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k or -1, max_tokens=max_new, seed=seed,
-                             logprobs=0, stop_token_ids=ends, detokenize=False,
-                             output_kind=RequestOutputKind.FINAL_ONLY)
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, how, lora_request=lora)
-    while llm.llm_engine.has_unfinished_requests():
-        for done in llm.llm_engine.step():
-            ids = list(done.outputs[0].token_ids)
-            yield int(done.request_id), ids, [at[token].logprob for at, token in zip(done.outputs[0].logprobs, ids)]
+def next_problems(problems: list[dict], tokenizer, s: Settings, position: int) -> tuple[list[dict], int, list[str]]:
+    """The problems of one step with their prompts, the data position after them, the ids of those that do not fit."""
+    batch, skipped = [], []
+    while len(batch) < s.batch_size // s.rollouts_per_prompt:
+        epoch, place = divmod(position, len(problems))
+        row = problems[epoch_order(s.seed, epoch, len(problems))[place]]
+        position += 1
+        row = {**row, "prompt_ids": encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking),
+               "teacher_ids": encode_prompt(tokenizer, fill(s.teacher_prompt, row), s.thinking)}
+        if max(len(row["prompt_ids"]), len(row["teacher_ids"])) + s.max_completion <= s.max_length:
+            batch.append(row)
+            continue
+        skipped.append(row["id"])  # [D10] never cut, since a cut reference is a different experiment
+        if not batch and len(skipped) >= 2 * len(problems):  # a whole epoch at least, wherever this step began
+            fail(f"no problem fits: prompt and --max_completion {s.max_completion} exceed --max_length {s.max_length}")
+    return batch, position, skipped
 
 
 def start_engine(s: Settings, model, ends: list[int], device: torch.device, engine: str,
-                 tp: int) -> tuple[Generate, Callable]:
-    """-> generate(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push(), which loads the current adapter.
+                 tp: int) -> tuple[Draw, Callable[[], None]]:
+    """-> draw(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push(), which loads the current adapter.
 
-    vLLM reads the adapter from a folder, in memory where there is a RAM disk. It is never merged: bfloat16 would round
-    the update away. The prefix cache goes with each push, or the engine would serve what older weights computed.
+    vLLM runs inside this process (colocated) and reads the adapter from a folder, in memory where there is a RAM disk.
+    It is never merged: bfloat16 would round the update away. The prefix cache goes with each push, or the engine would
+    serve what older weights computed.
     """
     if engine == "hf":
-        return functools.partial(hf_generate, model, ends), lambda: None
+        return functools.partial(sample, functools.partial(hf_generate, model, ends), tp), lambda: None
     llm = start_vllm(s.model, device, tp, s.max_length, s.lora_r, trust_remote_code=s.trust_remote_code,
                      kv_cache_memory_bytes=kv_cache_bytes(s, model.config, device, tp), max_num_seqs=s.batch_size,
                      gpu_memory_utilization=0.05)  # the line above decides, but this share must be free at the start
     from vllm.lora.request import LoRARequest
     need = 8 * sum(p.numel() for p in trainable(model).values())  # twice its size: a container may have only 64 MB
-    memory = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > need
-    shelf, name = Path("/dev/shm") if all(gather([memory])) else Path(s.out).resolve(), str(Path(s.out).resolve())
+    in_ram = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > need
+    shelf, name = Path("/dev/shm") if all(gather([in_ram])) else Path(s.out).resolve(), str(Path(s.out).resolve())
     folder = shelf / f".egrsd-{hashlib.sha256(name.encode()).hexdigest()[:12]}-{os.environ.get('GROUP_RANK', 0)}"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
@@ -422,10 +423,11 @@ def start_engine(s: Settings, model, ends: list[int], device: torch.device, engi
         barrier()  # read before anyone writes again
 
     # without load_inplace, which would read the folder again for every token
-    return functools.partial(vllm_generate, llm, LoRARequest("student", 1, str(folder)), ends), push
+    generate = functools.partial(vllm_generate, llm, LoRARequest("student", 1, str(folder)), ends)
+    return functools.partial(sample, generate, tp), push
 
 
-def probe_engine(generate: Generate, push: Callable, tp: int, model, prompts: list[list[int]], s: Settings) -> str:
+def probe_engine(draw: Draw, push: Callable[[], None], model, prompts: list[list[int]], s: Settings) -> str:
     """Prove that pushes arrive: with a random adapter the engine must agree with the trainer, and not with the base.
 
     train() compares the engine's log-probabilities with the trainer's at each step (the canary), but early updates are
@@ -437,14 +439,14 @@ def probe_engine(generate: Generate, push: Callable, tp: int, model, prompts: li
         if "lora_B" in name:
             p.data.copy_(0.02 * torch.randn(p.shape, generator=noise))
     push()
-    drawn = sample(generate, tp, prompts, [*range(len(prompts))], temperature=1.0, top_p=1.0, top_k=0, max_new=16)
-    y, engine = (torch.tensor(sum(part, []), device=model.device) for part in zip(*drawn))
+    drawn = draw(prompts, [*range(len(prompts))], temperature=1.0, top_p=1.0, top_k=0, max_new=16)
+    engine_logp = torch.tensor(sum((logps for _, logps in drawn), []), device=model.device)  # (N,)
     distance = []
     for adapter in (contextlib.nullcontext(), model.disable_adapter()):
         with torch.no_grad(), adapter:
-            hidden = completion_hidden(model, prompts, [ids for ids, _ in drawn])
-        logp, _ = logprob_and_entropy(hidden, head_weight(model), y, s.head_chunk)
-        distance.append((logp - engine).abs().mean().item())
+            hidden, y = completion_hidden(model, prompts, [ids for ids, _ in drawn])
+        logp, _ = logprob_and_entropy(hidden, head_of(model), y, s.head_chunk)
+        distance.append((logp - engine_logp).abs().mean().item())
     for name, p in trainable(model).items():
         p.data.copy_(kept[name])
     if not distance[0] < 0.5 * distance[1]:
@@ -453,27 +455,18 @@ def probe_engine(generate: Generate, push: Callable, tp: int, model, prompts: li
     return f"a random adapter reached the engine: {distance[0]:.0e} nats from trainer, {distance[1]:.0e} from base"
 
 
-def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grade]]:
-    """THE PLACE TO SWAP THE REWARD: rollouts (graded_text, answer, completion_ids, ...) -> r and grade of each."""
-    grades = grade_completions([r["graded_text"] for r in rollouts], [r["answer"] for r in rollouts])
-    return [(shaped_reward(grade.correct, len(r["completion_ids"]), s.max_completion, s.beta_L), grade)
-            for r, grade in zip(rollouts, grades)]  # Alg. 1, line 4
-
-
-def roll_out(generate: Generate, tp: int, batch: list[dict], tokenizer, ends: list[int], step: int | str, s: Settings,
-             first: int = 0, **how: object) -> list[dict]:
-    """Sample and grade one completion for each row of `batch`. -> rollouts, on every rank, indexed from `first` on.
+def roll_out(draw: Draw, batch: list[dict], tokenizer, ends: list[int], step: int | str, s: Settings,
+             offset: int = 0, **how: object) -> list[dict]:
+    """Sample and grade a completion for each row of `batch`. -> rollouts, on every rank, numbered from `offset` on.
 
     A rollout is its row (id, problem, solution, answer, prompt_ids, teacher_ids) and step, index, seed, completion_ids,
     engine_logps (nats), text, graded_text, truncated, reward, correct, extracted, status; train() adds advantage.
     """
-    seeds = [rollout_seed(s.seed, step, first + i) for i in range(len(batch))]
-    prompts = [row["prompt_ids"] for row in batch]
-    drawn = sample(generate, tp, prompts, seeds, max_new=s.max_completion, **how)  # Alg. 1, line 3
-    rollouts = []
-    for index, (row, seed, (ids, logps)) in enumerate(zip(batch, seeds, drawn), first):
-        rollouts.append({**row, "step": step, "index": index, "seed": seed, "completion_ids": ids,
-                         "engine_logps": logps, **read_completion(tokenizer, row["prompt_ids"], ids, ends)})
+    seeds = [rollout_seed(s.seed, step, offset + i) for i in range(len(batch))]
+    drawn = draw([row["prompt_ids"] for row in batch], seeds, max_new=s.max_completion, **how)  # Alg. 1, line 3
+    rollouts = [{**row, "step": step, "index": index, "seed": seed, "completion_ids": ids, "engine_logps": logps,
+                 **read_completion(tokenizer, row["prompt_ids"], ids, ends)}
+                for index, (row, seed, (ids, logps)) in enumerate(zip(batch, seeds, drawn), offset)]
     rank, world = rank_and_world()
     mine = range(rank, len(rollouts), world)  # each rank grades its share
     for i, (reward, grade) in gather(list(zip(mine, compute_rewards([rollouts[i] for i in mine], s)))):
@@ -481,15 +474,22 @@ def roll_out(generate: Generate, tp: int, batch: list[dict], tokenizer, ends: li
     return rollouts
 
 
-def evaluate(name: str, problems: list[dict], generate: Generate, tp: int, tokenizer, ends: list[int],
-             s: Settings) -> dict[str, float]:
-    """Accuracy in % and mean length in tokens on held-out problems, one sample each at temperature 1, top-p 0.95."""
-    rows = [{**row, "prompt_ids": encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking)}
-            for row in problems]
+def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grade]]:
+    """THE PLACE TO SWAP THE REWARD: rollouts (graded_text, answer, completion_ids, ...) -> (r, what to log) of each.
+
+    Only r trains; the Grade (correct, answer, status) is for the log.
+    """
+    grades = grade_completions([r["graded_text"] for r in rollouts], [r["answer"] for r in rollouts])
+    return [(shaped_reward(grade.correct, len(r["completion_ids"]), s.max_completion, s.beta_L), grade)
+            for r, grade in zip(rollouts, grades)]  # Alg. 1, line 4
+
+
+def evaluate(name: str, rows: list[dict], draw: Draw, tokenizer, ends: list[int], s: Settings) -> dict[str, float]:
+    """Accuracy in % and mean length in tokens on held-out rows, one sample each at temperature 1, top-p 0.95."""
     done = []
     with progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
         for start in range(0, len(rows), 256):
-            done += roll_out(generate, tp, rows[start : start + 256], tokenizer, ends, "evaluation", s, start,
+            done += roll_out(draw, rows[start : start + 256], tokenizer, ends, "evaluation", s, start,
                              temperature=1.0, top_p=0.95, top_k=0)
             bar.update(len(done) - bar.n)
             bar.set_postfix(right=f"{sum(r['correct'] for r in done) / len(done):.1%}")
@@ -516,23 +516,25 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def completion_hidden(model, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """(N, d) the hidden states that predict each completion token, row after row: only these reach the head."""
-    ids = pad([p + y for p, y in zip(prompts, completions)], head_weight(model).device)  # (b, L)
-    hidden = hidden_states(model, ids)  # (b, L, d)
-    return torch.cat([h[len(p) - 1 : len(p) + len(y) - 1] for h, p, y in zip(hidden, prompts, completions)])
+def completion_hidden(model, prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(N, d) hidden states and the (N,) completion tokens that they predict, row after row: only these reach the head.
+
+    Right padding and no attention mask: attention is causal, so that no token sees the pads, which come after it.
+    """
+    ids = pad([p + y for p, y in zip(prompts, completions)], head_of(model).device)  # (b, L)
+    rows = list(zip(hidden_states(model, ids), ids, map(len, prompts), map(len, completions)))  # of (L, d), (L,), ...
+    return torch.cat([h[p - 1 : p + n - 1] for h, _, p, n in rows]), torch.cat([i[p : p + n] for _, i, p, n in rows])
 
 
 @torch.no_grad()
 def teacher_pass(model, rollouts: list[dict], s: Settings) -> tuple[Tensor, Tensor]:
     """(B, T) log p_T(y) and H, in nats, of the frozen teacher: adapter off, reference shown. NaN where not finite."""
-    head, logps, entropies = head_weight(model), [None] * len(rollouts), [None] * len(rollouts)
+    head, logps, entropies = head_of(model), [None] * len(rollouts), [None] * len(rollouts)
     lengths = [len(r["teacher_ids"]) + len(r["completion_ids"]) for r in rollouts]
     with model.disable_adapter():
         for rows in micro_batches(lengths, s.micro_batch_tokens):
             completions = [rollouts[i]["completion_ids"] for i in rows]
-            y = torch.tensor(sum(completions, []), device=head.device)  # (N,)
-            hidden = completion_hidden(model, [rollouts[i]["teacher_ids"] for i in rows], completions)  # (N, d)
+            hidden, y = completion_hidden(model, [rollouts[i]["teacher_ids"] for i in rows], completions)  # (N, d)
             if hidden.isfinite().all():
                 logp, H = logprob_and_entropy(hidden / s.logit_temperature, head, y, s.head_chunk)  # (N,), (N,) [D3]
             else:  # no exception, which would leave the other ranks waiting: train() looks for NaN
@@ -551,9 +553,8 @@ def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, f
     count of Eq. 7 span the step [D2], so that ranks and micro-batches change nothing but rounding.
     """
     rank, world = rank_and_world()
-    by_length = sorted(range(len(rollouts)), key=lambda i: (len(rollouts[i]["completion_ids"]), i))
-    mine = [rollouts[i] for i in by_length[rank::world]]
-    head = head_weight(model)
+    mine = sorted(rollouts, key=lambda r: len(r["completion_ids"]))[rank::world]  # no rank gets all the long ones
+    head = head_of(model)
     lengths = torch.tensor([len(r["completion_ids"]) for r in mine], device=head.device)  # (B,)
     mask = torch.arange(int(lengths.max()), device=head.device) < lengths[:, None]  # (B, T)
     M = sum(len(r["completion_ids"]) for r in rollouts)
@@ -567,13 +568,12 @@ def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, f
     omega = confidence_gate(H, mask, s.gamma, s.W, H_max)  # (B, T)
 
     for p in trainable(model).values():
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p)  # not None: every rank joins the reduction, even one whose passes all fail
     model.train(s.gradient_checkpointing)  # transformers checkpoints only in training mode
     sums = dict.fromkeys(("loss", "magnitude", "clipped", "delta_right", "delta_wrong", "right", "canary"), 0.0)
     for rows in micro_batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in mine], s.micro_batch_tokens):
         part, real = [mine[i] for i in rows], mask[rows]  # real: (b, T)
-        y = torch.tensor(sum((r["completion_ids"] for r in part), []), device=head.device)  # (N,)
-        hidden = completion_hidden(model, [r["prompt_ids"] for r in part], [r["completion_ids"] for r in part])
+        hidden, y = completion_hidden(model, [r["prompt_ids"] for r in part], [r["completion_ids"] for r in part])
         hidden = hidden / s.logit_temperature  # (N, d): divides the logits and scales the gradient [D3]
         if not hidden.isfinite().all():
             sums["loss"] = math.nan  # train() sees it on every rank
@@ -582,19 +582,19 @@ def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, f
         student_logp = torch.zeros_like(H[rows]).masked_scatter_(real, logp)  # (b, T)
         w = evidence_magnitude(teacher_logp[rows], student_logp, A[rows].sign(), s.eps)  # (b, T) [D5]
         A_hat = token_advantages(A[rows], w, omega[rows], real)[real]  # (N,)
-        loss = -A_hat * logp / M  # (N,), its sum over the step is L; Alg. 1, line 19
+        loss = -A_hat * logp / M  # (N,), its sum over the step is the loss; Alg. 1, line 19
         hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))  # dL/dhidden, with A_hat a constant
 
         # the rest of this loop only fills the log
         raw = logp  # (N,) at temperature 1, as the engine's
         if s.logit_temperature != 1:
             raw, _ = logprob_and_entropy(hidden.detach() * s.logit_temperature, head, y, s.head_chunk)
-        engine = torch.tensor(sum((r["engine_logps"] for r in part), []), device=head.device)  # (N,)
+        engine_logp = torch.tensor(sum((r["engine_logps"] for r in part), []), device=head.device)  # (N,)
         right = torch.tensor([r["correct"] for r in part], device=head.device)[:, None].expand_as(real)[real]  # (N,)
         delta, w = teacher_logp[rows][real] - logp, w[real]
         for name, value in {"loss": loss, "magnitude": w, "clipped": (w <= 1 - s.eps) | (w >= 1 + s.eps),
                             "delta_right": delta * right, "delta_wrong": delta * ~right, "right": right,
-                            "canary": (raw - engine).abs()}.items():
+                            "canary": (raw - engine_logp).abs()}.items():
             sums[name] += value.double().sum().item()
     model.eval()
     if world > 1:  # one flat all-reduce of the adapter's gradient; no DDP, which switching adapters would upset
@@ -617,7 +617,7 @@ def find_culprits(model, rollouts: list[dict], s: Settings) -> list[str]:
     bad = []
     for r in rollouts[rank::world]:
         model.zero_grad()
-        hidden = completion_hidden(model, [r["prompt_ids"]], [r["completion_ids"]])
+        hidden, _ = completion_hidden(model, [r["prompt_ids"]], [r["completion_ids"]])
         hidden.sum().backward()
         values = [*teacher_pass(model, [r], s), hidden, *(p.grad for p in trainable(model).values())]
         if not all(value.isfinite().all() for value in values):
@@ -631,47 +631,49 @@ def find_culprits(model, rollouts: list[dict], s: Settings) -> list[str]:
 
 def train(s: Settings) -> None:
     """The whole run: load, show, evaluate, Algorithm 1 step by step, evaluate."""
-    began, stopped, out, first = time.perf_counter(), stop_on_signals(), Path(s.out), rank_and_world()[0] == 0
+    began, stopped = time.perf_counter(), stop_on_signals()
+    out, rank0 = Path(s.out), rank_and_world()[0] == 0
     device = start_processes(s.threads)
     check_place(s, device)
     checkpoint = open_run(s)
-    problems = load_problems(s.data, s)
-    held_out = load_problems(s.eval_data, s, "--eval_data") if s.eval_data else []
-    base, tokenizer = load_base(s, device), load_tokenizer(s)
+    problems, tokenizer = load_problems(s.data, s), load_tokenizer(s)
+    held_out = load_held_out(tokenizer, s) if s.eval_data else []
+    base = load_base(s, device)
     check_head(base, s)
     ends, model = end_tokens(base, tokenizer), add_adapter(base, s)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)  # [D11]
-    stats = RewardStats()
+    stats, log = RewardStats(), []
     start, position = load_checkpoint(checkpoint, model, optimizer, stats) if checkpoint else (0, 0)
     summary = read_json(out / "summary.json", {})
     if checkpoint and start >= s.steps and ("after" in summary or not held_out):
-        return say(f"{out} is finished, with {start} steps. --steps N goes further, another --out starts anew")
+        say(f"{out} is finished, with {start} steps. --steps N goes further, another --out starts anew")
+        return
 
     engine, why = choose_engine(s, device)
     tp = tensor_parallel(s, model.config) if engine == "vllm" else 1
     batch, _, _ = next_problems(problems, tokenizer, s, position)  # to show and to probe with; the loop draws it again
-    if first:
-        memory = memory_estimate(model, s, engine, device, tp, VOCAB_TILE)
-        show_start(s, batch[0], tokenizer, f"{engine} ({why})", device, tp, memory)
+    if rank0:
+        show_start(s, batch[0], tokenizer, f"{engine} ({why})", device, tp,
+                   memory_estimate(model, s, engine, device, tp, VOCAB_TILE))
         log = cut_log(out, start)
-    generate, push = start_engine(s, model, ends, device, engine, tp)
+    draw, push = start_engine(s, model, ends, device, engine, tp)
     if engine == "vllm":
         few = [row["prompt_ids"] for row in batch[: max(8, rank_and_world()[1])]]
-        say(probe_engine(generate, push, tp, model, few, s))
+        say(probe_engine(draw, push, model, few, s))
     push()  # what step `start` rolls out with
     if held_out and "before" not in summary:
-        summary["before"] = evaluate("before", held_out, generate, tp, tokenizer, ends, s)
-        if first:
+        summary["before"] = evaluate("before", held_out, draw, tokenizer, ends, s)
+        if rank0:
             write_json(out / "summary.json", summary)
 
     bar, wandb = progress(total=s.steps, initial=start, desc="train", unit="step"), start_wandb(s)
-    limit = 1e-3 if head_weight(model).dtype == torch.float32 else 0.1  # float32 agrees to 1e-6; bfloat16 rounds
+    limit = 1e-3 if head_of(model).dtype == torch.float32 else 0.1  # float32 agrees to 1e-6; bfloat16 rounds
     how = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
     for step in range(start, s.steps):
-        clock, before = [time.perf_counter()], position
+        clock, position_before = [time.perf_counter()], position
         batch, position, skipped = next_problems(problems, tokenizer, s, position)  # Alg. 1, line 1
         batch = [row for row in batch for _ in range(s.rollouts_per_prompt)]  # Alg. 1, line 2
-        rollouts = roll_out(generate, tp, batch, tokenizer, ends, step, s, **how)  # every rank gets all of them
+        rollouts = roll_out(draw, batch, tokenizer, ends, step, s, **how)  # every rank gets all of them
         rewards = [r["reward"] for r in rollouts]
         for r, A in zip(rollouts, stats.advantages(rewards, step).tolist()):  # Alg. 1, line 5, 6
             r["advantage"] = A
@@ -680,7 +682,7 @@ def train(s: Settings) -> None:
         norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), s.max_grad_norm).item()
         clock.append(time.perf_counter())
         if not math.isfinite(norm + figures["loss"]):
-            save_checkpoint(model, optimizer, stats, step, before, s)
+            save_checkpoint(model, optimizer, stats, step, position_before, s)
             culprits = ", ".join(find_culprits(model, rollouts, s)) or "no single rollout"
             fail(f"step {step}: the loss or its gradient is not finite. Not finite alone: {culprits}. {out} holds the "
                  "state before this step. Remove these problems, or start a new run with a lower --lr")
@@ -696,26 +698,28 @@ def train(s: Settings) -> None:
         row = log_row(step, rollouts, skipped, figures, clock, device)
         halt = int(reduce_(torch.tensor(len(stopped)), "MAX")) > 0  # the ranks may see a signal in different steps
         save = halt or (step + 1) % s.save_every == 0 or step + 1 == s.steps
-        if first:
+        if rank0:
             record_step(row, rollouts, log, save, wandb, s)
         bar.update()
         bar.set_postfix(reward=f"{row['reward']:.2f}", right=f"{row['correct']:.0%}", length=f"{row['length']:.0f}")
         if save:
             save_checkpoint(model, optimizer, stats, step + 1, position, s)
         if halt:
-            return say(f"stopped and saved after step {step}, in {out}/step_{step + 1}; --resume goes on from here")
+            say(f"stopped and saved after step {step}, in {out}/step_{step + 1}; --resume goes on from here")
+            return
     bar.close()
 
     if held_out:
-        summary["after"] = evaluate("after", held_out, generate, tp, tokenizer, ends, s)
+        summary["after"] = evaluate("after", held_out, draw, tokenizer, ends, s)
         say("\n          accuracy   length")
         for when in ("before", "after"):
             say(f"{when:<8} {summary[when]['accuracy']:>7.1f} % {summary[when]['length']:>8.1f}")
-    if first:
+    if rank0:
         phases = {name: round(sum(row["seconds"][name] for row in log), 1) for name in PHASES}
         write_json(out / "summary.json", {**summary, "steps": s.steps,
                                           "seconds": {**phases, "total": round(time.perf_counter() - began, 1)}})
-    say(f"adapter {latest_checkpoint(s)}, log {out}/log.jsonl, curves {out}/curves.png")
+    if s.steps:
+        say(f"adapter {latest_checkpoint(s)}, log {out}/log.jsonl, curves {out}/curves.png")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,14 @@ from pathlib import Path
 
 import torch
 
-from egrsd import PRESETS, Settings, start_vllm, vllm_generate
+from egrsd import PRESETS, Settings
 from support.basics import (append_lines, barrier, fail, failing_at_once, first_wrong, json_lines, make_parser, opt,
                             progress, rank_and_world, read_json, say, start_processes, versions, write_json, write_text)
 from support.benchmarks import (BENCHMARKS, FREE, finish_sample, grade, load_benchmark, mend_samples, open_folder,
                                 read_samples, sample_key, work_list)
 from support.compare import compare
-from support.engines import Generate, choose_engine, end_tokens, hf_generate, tensor_parallel
+from support.engines import (Generate, choose_engine, end_tokens, hf_generate, start_vllm, tensor_parallel,
+                             vllm_generate)
 from support.models import (adapter_fingerprint, check_adapter, fingerprint, load_base, load_skeleton, load_tokenizer,
                             training_settings)
 from support.scores import report

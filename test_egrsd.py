@@ -1,7 +1,6 @@
 """Every function of egrsd.py against something written independently: slow loops from the equations, a full float64
 softmax, autograd, other processes, a kill in mid-run, a real vLLM, real problems. `python -m pytest`"""
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -30,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 import egrsd
 from egrsd import (RewardStats, confidence_gate, evidence_magnitude, logprob_and_entropy, logprob_and_gradient,
                    lookahead_min, shaped_reward, token_advantages)
+from support.data import load_held_out
 from support.grading import extract_answer, grade_completions
 from support.runs import ROLLOUT_KEYS
 
@@ -559,9 +559,9 @@ def rollouts(tokenizer) -> list[dict]:
     """Eight real rollouts of very different lengths, with made-up advantages of both signs and a zero."""
     model, s = fresh_model("--batch_size", 8)
     batch, _, _ = egrsd.next_problems(egrsd.load_problems(s.data, s), tokenizer, s, 0)
-    generate = functools.partial(egrsd.hf_generate, model, egrsd.end_tokens(model, tokenizer))
-    rows = egrsd.roll_out(generate, 1, batch, tokenizer, egrsd.end_tokens(model, tokenizer), 3, s, temperature=1.1,
-                          top_p=0.95, top_k=20)
+    ends = egrsd.end_tokens(model, tokenizer)
+    draw, _ = egrsd.start_engine(s, model, ends, torch.device("cpu"), "hf", 1)
+    rows = egrsd.roll_out(draw, batch, tokenizer, ends, 3, s, temperature=1.1, top_p=0.95, top_k=20)
     for row, A in zip(rows, (1.5, -0.5, 0.0, 2.5, -1.0, 0.3, -0.2, 0.8)):
         row["advantage"] = A
     assert len({len(row["completion_ids"]) for row in rows}) > 3
@@ -784,7 +784,7 @@ def test_defaults_are_table_a1_and_presets_set_what_goes_with_the_model() -> Non
     assert (s.eps, s.beta_L, s.max_grad_norm, s.lora_r, s.lora_alpha, s.gamma, s.W) == (0.2, 0.5, 0.1, 64, 128, 0.3, 0)
     assert egrsd.parse_settings(["--preset", "qwen3-4b", "--W", "3"]).model == "Qwen/Qwen3-4B"
     source = (ROOT / "egrsd.py").read_text()
-    fields = source[source.index("class Settings:") : source.index("PRESETS =")]
+    fields = source[source.index("class Settings:") : source.index("FREE_ON_RESUME =")]
     assert len(re.findall(r"\)  # (Table|section|D\d|ours)", fields)) >= len(dataclasses.fields(egrsd.Settings)) - 4
 
 
@@ -1042,7 +1042,7 @@ def test_a_run_killed_at_any_point_goes_on_exactly(moment, uninterrupted, tmp_pa
 def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_exactly(number, nproc, uninterrupted, tmp_path) -> None:
     out = tmp_path / "run"
     process = start(*SMALL, *STEPS, "--save_every", 100, "--out", out, nproc=nproc)
-    wait_for(lambda: lines(out / "log.jsonl") >= 1, process)
+    wait_for(lambda: lines(out / "log.jsonl") >= 1 and (out / "curves.png").exists(), process)  # no checkpoint yet
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     assert "stopped and saved after step" in output and "Traceback" not in output.split("stopped and saved")[0]
@@ -1057,6 +1057,14 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_exactly(number, nproc, unin
             assert figures_of(row) == pytest.approx(figures_of(want), rel=1e-3, abs=1e-5)
     else:
         assert_same_run(out, uninterrupted)
+
+
+def test_held_out_problems_that_do_not_fit_are_refused_before_a_model_is_loaded(tokenizer, tmp_path) -> None:
+    rows = [json.loads(line) for line in (TINY / "test.jsonl").read_text().splitlines()[:3]]
+    rows[1] |= {"id": "much", "problem": " ".join(["1 +2"] * 120)}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match=r"1 problems \(the first: much\).*--max_length 256"):
+        load_held_out(tokenizer, tiny_settings("--eval_data", tmp_path / "x.jsonl"))
 
 
 def test_a_run_is_not_overwritten_and_resume_keeps_its_settings(uninterrupted, tmp_path, capsys) -> None:
@@ -1183,8 +1191,8 @@ def test_the_tiny_teacher_reads_its_reference(tokenizer) -> None:
     problems = egrsd.load_problems(s.eval_data, s)[:256]
     ends = egrsd.end_tokens(model, tokenizer)
     rows = [{**row, "prompt_ids": egrsd.encode_prompt(tokenizer, row["problem"], False)} for row in problems]
-    generate = functools.partial(egrsd.hf_generate, model, ends)
-    rows = egrsd.roll_out(generate, 1, rows, tokenizer, ends, 0, s, temperature=1.0, top_p=0.95, top_k=0)
+    draw, _ = egrsd.start_engine(s, model, ends, torch.device("cpu"), "hf", 1)
+    rows = egrsd.roll_out(draw, rows, tokenizer, ends, 0, s, temperature=1.0, top_p=0.95, top_k=0)
     gap = {}
     for shift in (0, 1):
         for row, other in zip(rows, problems[shift:] + problems[:shift]):

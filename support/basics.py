@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -103,7 +104,7 @@ def stop_on_signals() -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Messages
+# What the user sees
 
 
 def fail(sentence: str) -> NoReturn:
@@ -126,6 +127,10 @@ def say(text: str) -> None:
     from tqdm import tqdm
     if rank_and_world()[0] == 0:
         tqdm.write(text)
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def versions() -> dict[str, str]:
@@ -210,23 +215,3 @@ def json_lines(rows: Iterable[dict]) -> str:
 def append_lines(path: Path, rows: list[dict]) -> None:
     with path.open("a") as file:
         file.write(json_lines(rows))
-
-
-def save_figure(path: Path, figure, dpi: int = 110) -> None:
-    write_beside(path, lambda beside: figure.savefig(beside, dpi=dpi, format="png"))
-
-
-def canvas(rows: int, columns: int, width: float, height: float, **how: object):
-    """-> a matplotlib Figure of that many inches and its (rows, columns) axes; it needs no display."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                                "legend.fontsize": 9, "text.parse_math": False})  # a $ in a completion is a dollar
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **how)
-
-
-def log_scale(axis) -> None:
-    axis.set_yscale("log")
-    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        set_formatter("{x:g}")  # the default writes mathematics, which canvas() switches off

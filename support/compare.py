@@ -3,8 +3,9 @@ import json
 import math
 from pathlib import Path
 
-from support.basics import canvas, fail, first_wrong, make_folder, read_json, save_figure, say, write_json, write_text
+from support.basics import fail, first_wrong, make_folder, read_json, say, write_json, write_text
 from support.benchmarks import FREE, read_samples
+from support.plots import canvas, save_figure
 from support.scores import combine, grouped, paired_difference, paper_rows, pareto, run_scores, show, table
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from support.basics import fail
 from support.data import encode_prompt, fill
-from support.models import head_weight
+from support.models import head_of
 
 if TYPE_CHECKING:
     from egrsd import Settings
@@ -89,7 +89,7 @@ def give_prompts(rows: list[dict], tokenizer, s: Settings) -> str:
 
 
 def check_rows(rows: list[dict], model, s: Settings) -> None:
-    V, longest = head_weight(model).shape[0], getattr(model.config, "max_position_embeddings", math.inf)
+    V, longest = head_of(model).shape[0], getattr(model.config, "max_position_embeddings", math.inf)
     ids = [i for row in rows for i in (*row["prompt_ids"], *row["completion_ids"])]
     if not 0 <= min(ids) <= max(ids) < V:
         fail(f"the completions hold token id {max(ids)}, but {s.model} has {V} tokens: they come from another model")

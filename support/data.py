@@ -12,20 +12,6 @@ from support.basics import fail, first_line, first_rank_first
 if TYPE_CHECKING:
     from egrsd import Settings
 
-CLOSING = "Reason step by step, and put your final answer within \\boxed{}."
-STUDENT_PROMPT = "Problem: {problem}\n\n" + CLOSING
-TEACHER_PROMPT = """Problem: {problem}
-
-Here is a reference solution to this problem.
-=== Reference solution begins ===
-{solution}
-=== Reference solution ends ===
-
-Make sure that you understand every step of the reference. Then solve the problem again, and derive the same answer in \
-your own words.
-
-""" + CLOSING
-
 
 def load_problems(source: str, s: Settings, option: str = "--data") -> list[dict[str, str]]:
     """[{id, problem, solution, answer}] of a hub id or a JSON, JSONL or Parquet file; exits with a sentence if bad."""
@@ -105,19 +91,11 @@ def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
-def next_problems(problems: list[dict], tokenizer, s: Settings, position: int) -> tuple[list[dict], int, list[str]]:
-    """The problems of one step with their prompts, the data position after them, the ids of those that do not fit."""
-    batch, skipped = [], []
-    while len(batch) < s.batch_size // s.rollouts_per_prompt:
-        epoch, place = divmod(position, len(problems))
-        row = problems[epoch_order(s.seed, epoch, len(problems))[place]]
-        position += 1
-        prompt_ids, teacher_ids = (encode_prompt(tokenizer, fill(template, row), s.thinking)
-                                   for template in (s.student_prompt, s.teacher_prompt))
-        if max(len(prompt_ids), len(teacher_ids)) + s.max_completion <= s.max_length:
-            batch.append({**row, "prompt_ids": prompt_ids, "teacher_ids": teacher_ids})
-            continue
-        skipped.append(row["id"])  # [D10] never cut, since a cut reference is a different experiment
-        if not batch and len(skipped) >= 2 * len(problems):  # a whole epoch at least, wherever this step began
-            fail(f"no problem fits: prompt and --max_completion {s.max_completion} exceed --max_length {s.max_length}")
-    return batch, position, skipped
+def load_held_out(tokenizer, s: Settings) -> list[dict]:
+    """The problems of --eval_data with the student's prompts; refused if one does not fit, for all must count."""
+    rows = [{**row, "prompt_ids": encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking)}
+            for row in load_problems(s.eval_data, s, "--eval_data")]
+    if long := [row["id"] for row in rows if len(row["prompt_ids"]) + s.max_completion > s.max_length]:
+        fail(f"--eval_data {s.eval_data}: {len(long)} problems (the first: {', '.join(long[:5])}) and --max_completion "
+             f"{s.max_completion} exceed --max_length {s.max_length}: remove them, or raise it")
+    return rows

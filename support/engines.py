@@ -1,14 +1,13 @@
-"""Drawing completions: what both engines share, and transformers' generate. vLLM is started in egrsd.py.
+"""Drawing completions with transformers' generate or with vLLM, which have one interface:
 
     generate(prompts, seeds, temperature=, top_p=, top_k=, max_new=)   yields (index, completion ids, log-probabilities)
 
-is the interface: token ids and seeds go in; out come completions as they end, each with the log-probabilities (nats)
-that the model gave its tokens at temperature 1, whatever the sampling.
+Token ids and seeds go in; out come completions as they end, each with the log-probabilities (nats) that the model gave
+its tokens at temperature 1, whatever the sampling.
 """
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from support.basics import fail, gather, rank_and_world
+from support.basics import fail, gather, installed, rank_and_world
 from support.models import autocast
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 Completion = tuple[int, list[int], list[float]]
 Generate = Callable[..., Iterator[Completion]]
+Draw = Callable[..., list[tuple[list[int], list[float]]]]  # sample() of one engine, see below
 
 
 def rollout_seed(seed: int, step: int | str, index: int) -> int:
@@ -79,9 +79,42 @@ def hf_generate(model, ends: list[int], prompts: list[list[int]], seeds: list[in
             yield start + i, row[:n], logps[i][:n]
 
 
+def vllm_generate(llm, lora, ends: list[int], prompts: list[list[int]], seeds: list[int], *, temperature: float,
+                  top_p: float, top_k: int, max_new: int) -> Iterator[Completion]:
+    """vLLM, which sees the whole work list at once."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
+        how = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k or -1, max_tokens=max_new, seed=seed,
+                             logprobs=0, stop_token_ids=ends, detokenize=False,
+                             output_kind=RequestOutputKind.FINAL_ONLY)
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, how, lora_request=lora)
+    while llm.llm_engine.has_unfinished_requests():
+        for done in llm.llm_engine.step():
+            ids = list(done.outputs[0].token_ids)
+            yield int(done.request_id), ids, [at[token].logprob for at, token in zip(done.outputs[0].logprobs, ids)]
+
+
+def start_vllm(model: str, device: torch.device, tp: int, max_length: int, lora_r: int = 0, **options: object):
+    """A vLLM engine inside this process (colocated), tensor-parallel over `tp` of torchrun's ranks."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what we ask for
+    if device.type == "cpu":
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # which takes longer than it saves
+    from vllm import LLM
+    if lora_r:  # vLLM takes only these as the largest rank
+        options |= {"enable_lora": True, "max_loras": 1,
+                   "max_lora_rank": next((r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512) if r >= lora_r), lora_r)}
+    if rank_and_world()[1] > 1:
+        options |= {"distributed_executor_backend": "external_launcher"}
+    return LLM(model=model, skip_tokenizer_init=True, dtype="bfloat16" if device.type == "cuda" else "float32", seed=0,
+               tensor_parallel_size=tp, max_model_len=max_length, enforce_eager=device.type == "cpu",
+               logprobs_mode="raw_logprobs", **options)  # comparable with the trainer's, whatever the sampling
+
+
 def choose_engine(s: Settings, device: torch.device) -> tuple[str, str]:
     """-> "vllm" or "hf", and why: vLLM where there is a GPU and vLLM, unless told otherwise."""
-    there = importlib.util.find_spec("vllm") is not None
+    there = installed("vllm")
     if s.rollout == "vllm" and not there:
         fail("--rollout vllm: vLLM is not installed (pip install -r requirements.txt); --rollout hf does without it")
     if s.rollout != "auto":

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from support.basics import canvas, fail, log_scale, read_json
+from support.basics import fail, read_json
 from support.completions import read_rows
+from support.plots import canvas, log_scale
 from support.token_stats import REGIMES, envelope, local_peaks, runs_of
 
 if TYPE_CHECKING:

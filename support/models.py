@@ -77,7 +77,7 @@ def trainable(model) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def head_weight(model) -> Tensor:
+def head_of(model) -> Tensor:
     return model.get_output_embeddings().weight  # (V, d)
 
 
@@ -97,7 +97,7 @@ def hidden_states(model, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def check_head(model, s: Settings) -> None:
     """Refuse a model whose logits are not hidden @ W.T, with W its head (soft-capped, scaled, biased). [D13]"""
-    head = head_weight(model)
+    head = head_of(model)
     ids = torch.randint(0, head.shape[0], (1, 8), generator=torch.Generator().manual_seed(0)).to(head.device)
     with autocast(head.device):
         theirs = model(input_ids=ids, attention_mask=None, use_cache=False).logits[0].float()  # (8, V)

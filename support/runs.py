@@ -5,7 +5,6 @@ Rank 0 writes. A checkpoint is a PEFT adapter that loads anywhere, and the train
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import platform
@@ -19,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from support.basics import (append_lines, barrier, canvas, fail, first_line, json_lines, log_scale, make_folder,
-                            rank_and_world, read_json, save_figure, say, versions, write_beside, write_json, write_text)
+from support.basics import (append_lines, barrier, fail, first_line, json_lines, make_folder, rank_and_world, read_json,
+                            say, versions, write_beside, write_json, write_text)
 from support.engines import kv_cache_bytes
 from support.models import trainable
+from support.plots import canvas, log_scale, save_figure
 
 if TYPE_CHECKING:
     from egrsd import RewardStats, Settings
@@ -130,7 +130,7 @@ def record_step(row: dict, rollouts: list[dict], log: list[dict], draw: bool, wa
     if wandb:
         wandb.log(row, step=step)
     curves = out / "curves.png"
-    if draw or curves.exists() and time.time() - curves.stat().st_mtime > 20:
+    if draw or not curves.exists() or time.time() - curves.stat().st_mtime > 20:
         draw_curves(curves, log, s)
     for name in row["skipped_prompts"]:
         say(f"step {step}: skipped problem {name}, which does not fit into --max_length {s.max_length}")
@@ -152,8 +152,6 @@ def start_wandb(s: Settings):
     """The wandb module, with a run begun; None where nobody asked for it."""
     if not s.wandb or rank_and_world()[0]:
         return None
-    if importlib.util.find_spec("wandb") is None:
-        fail("--wandb: it is not installed (pip install wandb)")
     import wandb
     wandb.init(project=s.wandb, dir=s.out, config=dataclasses.asdict(s))
     return wandb

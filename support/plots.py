@@ -1,0 +1,24 @@
+"""What the figures of egrsd.py, eval.py and diagnostics.py have in common."""
+from pathlib import Path
+
+from support.basics import write_beside
+
+
+def canvas(rows: int, columns: int, width: float, height: float, **how: object):
+    """-> a matplotlib Figure of that many inches and its (rows, columns) axes; it needs no display."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+                                "legend.fontsize": 9, "text.parse_math": False})  # a $ in a completion is a dollar
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **how)
+
+
+def log_scale(axis) -> None:
+    axis.set_yscale("log")
+    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        set_formatter("{x:g}")  # the default writes mathematics, which canvas() switches off
+
+
+def save_figure(path: Path, figure, dpi: int = 110) -> None:
+    write_beside(path, lambda beside: figure.savefig(beside, dpi=dpi, format="png"))
