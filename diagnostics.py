@@ -36,9 +36,10 @@ from support.data import encode_prompt, fill, load_problems
 from support.engines import (choose_engine, end_tokens, hf_generate, kv_cache_bytes, sample, start_vllm,
                              vllm_generate)
 from support.figures import draw_all
-from support.models import add_adapter, check_head, head_of, load_base, load_tokenizer, use_student
+from support.models import add_adapter, check_adapter, check_head, head_of, load_base, load_tokenizer, use_student
 from support.pages import microscope, verdict_of, write_report
-from support.token_stats import MEASURED, follows, reads_reference, shown_rollouts, statistics, token_texts
+from support.token_stats import (MEASURED, check_numbers, follows, reads_reference, shown_rollouts, statistics,
+                                 token_texts)
 
 DERIVED = ("delta", "magnitude", "gate", "gate_lookahead", "entropy_lookahead")  # what Eq. 2, 6 and 8 make of them
 
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
                                      epilog="and every option of egrsd.py: python egrsd.py --help")
     for name, default, kind, text in [
         ("out", "", str, "folder; by default `diagnostics` beside the input, or runs/PRESET/diagnostics-sampled"),
-        ("adapter", "", str, "folder of the student's adapter; without it the student is the base model"),
+        ("adapter", None, str, "folder of the student's adapter; by default that of --samples, else the base model"),
         ("rollouts", "", str, "rollouts.jsonl of a training run"), ("samples", "", str, "samples.jsonl of eval.py"),
         ("tokens", "", str, "tokens.npz of an earlier call"),
         ("limit", 256, int, "most completions, 0 = all; training steps stay whole"),
@@ -76,6 +77,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         saved = read_json(source.parent / "settings.json", {})
     elif o.tokens:
         saved = read_json(source.parent / "context.json", {}).get("settings", {})
+    elif o.samples:
+        saved = read_json(source.parent / "settings.json", {})
+        shared = ("preset", "model", "adapter", "student_prompt", "thinking")
+        saved = {key: saved[key] for key in shared if key in saved}
+    o.adapter = (saved.get("adapter") if o.adapter is None else o.adapter) or ""
     known = {f.name for f in dataclasses.fields(Settings)} - {"out", "resume", "overwrite", "wandb"}
     s = parse_settings([f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k}={v}"
                         for k, v in saved.items() if k in known] + rest)
@@ -87,14 +93,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         s.data = s.eval_data  # held-out problems where the preset has them
     if o.result_after is None:
         o.result_after = "=" if s.preset == "tiny" else ""
-    beside = source.parent if o.tokens else source.parent / "diagnostics" if source.name else None
-    o.out = o.out or str(beside or Path("runs") / s.preset / "diagnostics-sampled")
+    beside = source.parent / (f"gamma{s.gamma:g}-W{s.W}-eps{s.eps:g}" if o.tokens else "diagnostics")
+    o.out = o.out or str(beside if source.name else Path("runs") / s.preset / "diagnostics-sampled")
+    idle = sorted(word for word in typed if word[:2] == "--" and word not in ("--gamma", "--W", "--eps", "--preset"))
     absent = [path for path in o.log if not (Path(path).is_file() or (Path(path) / "log.jsonl").is_file())]
     first_wrong([
         (not 0 <= o.tau_low < o.tau_high <= 1, f"--tau_low {o.tau_low} must be below --tau_high {o.tau_high}"),
         (sum(map(bool, (o.tokens, o.rollouts, o.samples))) > 1, "--tokens, --rollouts and --samples: choose one"),
         (rank_and_world()[1] > 1, "diagnostics.py is one process: start it without torchrun"),
         (o.limit < 0, "--limit must be at least 0"),
+        (o.tokens and idle, f"{', '.join(idle)}: with --tokens only --gamma, --W and --eps have an effect"),
         (absent, f"--log {', '.join(absent)}: no log.jsonl there"),
     ], fail)
     return o, s
@@ -155,9 +163,12 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
     device = start_processes(s.threads)
     tokenizer, base = load_tokenizer(s), load_base(s, device)
     check_head(base, s)
+    if o.adapter:
+        check_adapter(o.adapter, s.model, base)
     model = add_adapter(base, s)
     use_student(model, o.adapter)
     rows = rows or sampled_rows(model, tokenizer, o, s, device)
+    check_numbers(o, len(rows))
     origin = "the run's own (Eq. 9; r - 0.5 in its first ten steps)" if o.rollouts else give_advantages(rows, s)
     references = give_references(rows)
     o.note += give_prompts(rows, tokenizer, s)

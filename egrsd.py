@@ -42,7 +42,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.basics import (HERE, barrier, fail, failing_at_once, first_wrong, gather, installed, make_parser, opt,
+from support.basics import (HERE, barrier, ending_together, fail, first_wrong, gather, installed, make_parser, opt,
                             progress, rank_and_world, read_json, reduce_, say, start_processes, stop_on_signals,
                             write_json)
 from support.data import encode_prompt, epoch_order, fill, load_held_out, load_problems, read_completion
@@ -51,7 +51,7 @@ from support.engines import (Draw, choose_engine, end_tokens, hf_generate, kv_ca
 from support.grading import Grade, extract_answer, grade_completions  # noqa: F401  two of them for who imports egrsd
 from support.models import (add_adapter, check_head, check_place, head_of, hidden_states, load_base, load_tokenizer,
                             trainable)
-from support.runs import (PHASES, cut_log, latest_checkpoint, load_checkpoint, log_row, memory_estimate, open_run,
+from support.runs import (PHASES, clear_run, latest_checkpoint, load_checkpoint, log_row, memory_estimate, open_run,
                           record_step, save_checkpoint, show_start, start_wandb)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,10 +85,10 @@ PRESETS = {
 
 @dataclasses.dataclass
 class Settings:
-    preset: str = opt("run", "qwen3-8b", "what goes with a model", *PRESETS)
-    out: str = opt("run", "", "run folder; by default runs/PRESET")
-    resume: bool = opt("run", False, "go on with the run in --out from its last checkpoint, with its settings")
-    overwrite: bool = opt("run", False, "delete the run that --out already holds")
+    preset: str = opt("run", "qwen3-8b", "what goes with a model", *PRESETS)  # ours
+    out: str = opt("run", "", "run folder; by default runs/PRESET")  # ours
+    resume: bool = opt("run", False, "go on with the run in --out from its last checkpoint, with its settings")  # ours
+    overwrite: bool = opt("run", False, "delete the run that --out already holds")  # ours
     steps: int = opt("run", 100, "optimizer steps")  # Table A1
     save_every: int = opt("run", 25, "steps between checkpoints")  # Table A1
     seed: int = opt("run", 0, "seed of the adapter, the data order and every rollout")  # ours
@@ -136,7 +136,7 @@ class Settings:
     top_k: int = opt("rollout", 20, "most tokens that the sampling considers, 0 = all")  # Table A1
 
 
-# What --resume may change: how far and how fast a run goes, not what it computes.
+# What --resume may change: how far and how fast a run goes, not what it computes; and an engine that fails.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "steps", "save_every", "wandb", "attn", "gradient_checkpointing",
                   "threads", "micro_batch_tokens", "head_chunk", "rollout", "rollout_tp"}
 
@@ -150,10 +150,10 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     given = parser.parse_args(argv)  # a first time, for the preset and the run that set the other defaults
     out = given.out or f"runs/{given.preset}"
     saved = Path(out) / "settings.json"
-    run = read_json(saved, {}) if given.resume else {}
+    run = {key: value for key, value in read_json(saved, {}).items() if given.resume and hasattr(given, key)}
     own = {"out": out, "resume": False, "overwrite": False, "wandb": ""}  # of this start, never of the saved run
     parser.set_defaults(**{**PRESETS[given.preset], **run, **own})
-    s = Settings(**vars(parser.parse_args(argv)))
+    s = Settings(**{**vars(parser.parse_args(argv)), "out": out})
     world = rank_and_world()[1]
     changed = [f"--{key} {getattr(s, key)!r} (it has {value!r})" for key, value in run.items()
                if key not in FREE_ON_RESUME and getattr(s, key) != value]
@@ -162,11 +162,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
                   "or start a new run in another --out"),
         (s.resume and s.overwrite, "--resume keeps the run and --overwrite deletes it: choose one"),
         (s.steps < 0 or s.save_every < 1, "--steps must be at least 0 and --save_every at least 1"),
+        (not all(math.isfinite(x) for x in vars(s).values() if isinstance(x, float)), "numbers must be finite"),
+        (not (s.lr > 0 and s.max_grad_norm > 0 and s.beta_L >= 0 and 0 <= s.seed < 2**63 and s.threads >= 0
+              and s.rollout_tp >= 0), "--lr and --max_grad_norm must be above 0, --beta_L, --seed, --threads and "
+         "--rollout_tp at least 0"),
         (not (s.gamma >= 0 and s.W >= 0 and 0 <= s.eps < 1), "--gamma and --W must be at least 0, --eps in [0, 1)"),
         (not (s.temperature > 0 and s.logit_temperature > 0 and 0 < s.top_p <= 1 and s.top_k >= 0),
          "temperatures must be above 0, --top_p in (0, 1] and --top_k at least 0"),
-        (min(s.batch_size, s.rollouts_per_prompt, s.max_completion, s.micro_batch_tokens, s.head_chunk, s.lora_r) < 1,
-         "sizes must be at least 1"),
+        (min(s.batch_size, s.rollouts_per_prompt, s.max_completion, s.micro_batch_tokens, s.head_chunk, s.lora_r,
+             s.lora_alpha) < 1, "sizes must be at least 1"),
         (s.batch_size % max(1, s.rollouts_per_prompt), f"--batch_size {s.batch_size} must be a multiple of "
          f"--rollouts_per_prompt {s.rollouts_per_prompt}"),
         (s.batch_size % world, f"--batch_size {s.batch_size} must be a multiple of the {world} processes"),
@@ -219,9 +223,10 @@ class RewardStats:
         return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 0.0
 
     def update(self, rewards: Iterable[float] | Tensor) -> None:
-        for r in map(float, rewards):
-            if not math.isfinite(r):
-                raise ValueError(f"rewards holds {r}")
+        rewards = [float(r) for r in rewards]
+        if not all(map(math.isfinite, rewards)):
+            raise ValueError(f"rewards holds {rewards}, which are not all finite")
+        for r in rewards:
             self.count += 1
             distance = r - self.mean
             self.mean += distance / self.count
@@ -247,10 +252,12 @@ class RewardStats:
 
 def lookahead_min(entropy: Tensor, mask: Tensor, W: int) -> Tensor:
     """(B, T) min of the entropy (nats) over [t, min(t+W, end of that completion)], in tokens; 0 on pads. Eq. 8."""
-    if W < 0 or W != int(W):
+    if not (math.isfinite(W) and W >= 0 and W == int(W)):
         raise ValueError(f"W must be a whole number of tokens and not negative, got {W}")
     _check_mask(mask)
     _check("entropy", entropy, mask.shape, mask)
+    if not entropy.is_floating_point():
+        raise ValueError(f"entropy must be of a floating-point type, not {entropy.dtype}")
     real = mask.bool()
     padded = entropy.masked_fill(~real, math.inf)  # a pad never is the minimum: windows end with the completion
     lowest = padded.clone()
@@ -266,11 +273,13 @@ def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, W: int,
     `entropy` (B, T) is the teacher's, in nats. `max_entropy` is the largest raw entropy of the whole step where that
     spans more than this tensor [D2]. The denominator is the maximum BEFORE the lookahead, at least 1 nat [D1].
     """
-    if not gamma >= 0:
-        raise ValueError(f"gamma must not be negative, got {gamma}")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must be finite and not negative, got {gamma}")
     ahead = lookahead_min(entropy, mask, W)  # (B, T); Alg. 1, line 11, 12, 13
     raw_max = entropy[mask.bool()].max() if max_entropy is None else torch.as_tensor(max_entropy).to(entropy)  # ()
     _check("max_entropy", raw_max, ())
+    if not raw_max.isfinite():
+        raise ValueError("entropy or max_entropy is infinite")
     H_hat = ahead / raw_max.clamp(min=1.0)  # (B, T), in [0, 1]; Alg. 1, line 14
     omega = (1.0 - gamma * H_hat).clamp(0.1, 1.0)  # (B, T); Alg. 1, line 15
     return omega.masked_fill(~mask.bool(), 0.0)
@@ -279,7 +288,7 @@ def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, W: int,
 def evidence_magnitude(teacher_logp: Tensor, student_logp: Tensor, direction: Tensor, eps: float = 0.2) -> Tensor:
     """(B, T) w = clip(exp(D * delta), 1 - eps, 1 + eps), detached, from two (B, T) log-probabilities in nats. Eq. 2.
 
-    `direction` is D = sign(A), (B,). D = 0 gives w = 1 [D5].
+    `direction` is D = sign(A), (B,). D = 0 gives w = 1 [D5]. There is no mask here: pads must hold numbers too.
     """
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
@@ -320,12 +329,12 @@ def _head_pass(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int,
                gradient: bool) -> tuple[Tensor, Tensor]:
     if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} must be (N, d), head_weight {tuple(head_weight.shape)} (V, d)")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk must be a whole number of tokens, at least 1, got {chunk}")
     (N, d), V = hidden.shape, head_weight.shape[0]
     _check("hidden", hidden, (N, d))
     _check("targets", targets, (N,))
-    if N and not 0 <= int(targets.min()) <= int(targets.max()) < V:
+    if targets.is_floating_point() or N and not 0 <= int(targets.min()) <= int(targets.max()) < V:
         raise ValueError(f"targets must be token ids in [0, {V})")
     all_logp = hidden.new_empty(N, dtype=torch.float32)  # (N,)
     extra = hidden.new_empty((N, d) if gradient else (N,), dtype=torch.float32)  # dlogp/dhidden or H
@@ -635,7 +644,7 @@ def train(s: Settings) -> None:
     out, rank0 = Path(s.out), rank_and_world()[0] == 0
     device = start_processes(s.threads)
     check_place(s, device)
-    checkpoint = open_run(s)
+    checkpoint = open_run(s)  # deletes nothing yet
     problems, tokenizer = load_problems(s.data, s), load_tokenizer(s)
     held_out = load_held_out(tokenizer, s) if s.eval_data else []
     base = load_base(s, device)
@@ -644,7 +653,7 @@ def train(s: Settings) -> None:
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)  # [D11]
     stats, log = RewardStats(), []
     start, position = load_checkpoint(checkpoint, model, optimizer, stats) if checkpoint else (0, 0)
-    summary = read_json(out / "summary.json", {})
+    summary = read_json(out / "summary.json", {}) if checkpoint else {}
     if checkpoint and start >= s.steps and ("after" in summary or not held_out):
         say(f"{out} is finished, with {start} steps. --steps N goes further, another --out starts anew")
         return
@@ -653,9 +662,9 @@ def train(s: Settings) -> None:
     tp = tensor_parallel(s, model.config) if engine == "vllm" else 1
     batch, _, _ = next_problems(problems, tokenizer, s, position)  # to show and to probe with; the loop draws it again
     if rank0:
+        log = clear_run(s, checkpoint, start)
         show_start(s, batch[0], tokenizer, f"{engine} ({why})", device, tp,
                    memory_estimate(model, s, engine, device, tp, VOCAB_TILE))
-        log = cut_log(out, start)
     draw, push = start_engine(s, model, ends, device, engine, tp)
     if engine == "vllm":
         few = [row["prompt_ids"] for row in batch[: max(8, rank_and_world()[1])]]
@@ -686,7 +695,7 @@ def train(s: Settings) -> None:
             culprits = ", ".join(find_culprits(model, rollouts, s)) or "no single rollout"
             fail(f"step {step}: the loss or its gradient is not finite. Not finite alone: {culprits}. {out} holds the "
                  "state before this step. Remove these problems, or start a new run with a lower --lr")
-        if figures["canary"] > limit:
+        if not figures["canary"] <= limit:  # NaN too
             fail(f"step {step}: the rollout engine's log-probabilities are {figures['canary']:.2g} nats a token from "
                  f"the trainer's (limit {limit}): it runs other weights. The checkpoints are sound; try --rollout hf")
         optimizer.step()  # Alg. 1, line 20
@@ -723,5 +732,5 @@ def train(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with failing_at_once():
+    with ending_together():
         train(parse_settings())

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from egrsd import PRESETS, Settings
-from support.basics import (append_lines, barrier, fail, failing_at_once, first_wrong, json_lines, make_parser, opt,
+from support.basics import (append_lines, barrier, ending_together, fail, first_wrong, json_lines, make_parser, opt,
                             progress, rank_and_world, read_json, say, start_processes, versions, write_json, write_text)
 from support.benchmarks import (BENCHMARKS, FREE, finish_sample, grade, load_benchmark, mend_samples, open_folder,
                                 read_samples, sample_key, work_list)
@@ -87,7 +87,8 @@ def parse_eval(argv: list[str] | None = None) -> EvalSettings:
     parser = make_parser(EvalSettings, "eval.py", __doc__)
     first = parser.parse_args(argv)
     base, adapter = Settings(**PRESETS[first.preset]), Path(first.adapter).resolve()
-    name = f"{adapter.parent.name}-{adapter.name}" if first.adapter else f"{first.preset}-base"
+    plain = first.preset if first.model == EvalSettings.model else Path(first.model).name
+    name = f"{adapter.parent.name}-{adapter.name}" if first.adapter else f"{plain}-base"
     out = first.out or f"evals/{'compare' if first.compare else name}"
     defaults = {"model": base.model, "student_prompt": base.student_prompt, "threads": base.threads, "out": out}
     if first.preset == "tiny":
@@ -157,7 +158,8 @@ def generate_samples(todo: list[dict], done: list[dict], generate: Generate, tok
                      e: EvalSettings, batch: int, path: Path | None) -> None:
     """Sample `todo`, `batch` items at a time; grade each as it ends, append it to `path` (None: another rank does)."""
     left = collections.Counter(sample_key(item)[:3] for item in todo)  # samples that a problem still waits for
-    problems, tokens, began, verdicts = len(left), 0, time.perf_counter(), [row["correct"] for row in done]
+    problems, tokens, began = len({sample_key(row)[:3] for row in [*done, *todo]}), 0, time.perf_counter()
+    verdicts = [row["correct"] for row in done]
     with progress(total=len(done) + len(todo), initial=len(done), desc="evaluate", unit="sample") as bar:
         for part in (todo[i : i + batch] for i in range(0, len(todo), batch)):
             waiting, last = [], time.perf_counter()
@@ -192,8 +194,9 @@ def evaluate(e: EvalSettings) -> None:
     work = work_list(benchmarks, tokenizer, e)
     longest, room = max(len(item["prompt_ids"]) for item in work) + e.max_new, skeleton.config.max_position_embeddings
     if longest > room:
+        fits = room - longest + e.max_new
         fail(f"the longest prompt and --max_new {e.max_new} are {longest} tokens; --model {e.model} has a context of "
-             f"{room}. --max_new {room - longest + e.max_new} fits")
+             f"{room}. " + (f"--max_new {fits} fits" if fits > 0 else "That prompt fits no --max_new"))
     if rank == 0:
         weights = sorted(Path(e.model).glob("*.safetensors")) if Path(e.model).is_dir() else []
         open_folder(out, {
@@ -253,5 +256,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with failing_at_once():
+    with ending_together():
         main()

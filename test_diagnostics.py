@@ -221,8 +221,13 @@ def test_the_control_tells_a_reader_from_one_who_does_not_read() -> None:
     assert seen["table"]["result tokens: right minus wrong"]["mean"] == pytest.approx(1.5, abs=0.1)
     # the same with any reference; everything likelier with its own, right or wrong; right ones likelier by chance
     by_chance = other + np.where(rollout % 4 < 2, 0.3, -0.3) + 0.02 * correct[rollout]
-    for blind in (other, other + 0.7, by_chance):
+    for blind in (other, other + 0.7):
         assert reads_reference(blind, other, rollout, correct, result)["verdict"].startswith("NO")
+    assert reads_reference(by_chance, other, rollout, correct, result)["verdict"].startswith("UNDECIDED: 30 right and")
+    few = rollout < 6  # a teacher that does read, and too few completions to know it
+    seen = reads_reference(np.where(result, other + rng.normal(0.2, 1, 480), other)[few], other[few], rollout[few],
+                           correct[:6], result[few])
+    assert seen["verdict"].startswith("UNDECIDED")
     assert reads_reference(other + 0.3, other, rollout, correct, result & False)["verdict"].startswith("YES")
     assert reads_reference(reader, other, rollout, correct & False, result)["verdict"].startswith("UNDECIDED")
 
@@ -324,7 +329,7 @@ def test_saved_arrays_give_what_a_run_with_other_settings_gives(tiny_run, tmp_pa
     (tmp_path / "bare").mkdir()
     shutil.copy(tiny_run[0] / "tokens.npz", tmp_path / "bare")
     assert "NOT MEASURED" in call("--tokens", tmp_path / "bare" / "tokens.npz", *changed)
-    bare = json.loads((tmp_path / "bare" / "summary.json").read_text())
+    bare = json.loads((tmp_path / "bare" / "gamma0.3-W2-eps0.2" / "summary.json").read_text())
     assert bare["decile"] == anew["decile"] and "result decile" not in bare and bare["result_tokens"] == 0
 
 
@@ -412,6 +417,9 @@ def test_samples_of_an_evaluation_and_their_references(rollouts, tmp_path) -> No
     ("no prompt_ids.*--save_ids", lambda rows: rows[2].pop("prompt_ids")),
     ("empty reference", lambda rows: [row.update(solution="", answer="", gold="", correct=False) for row in rows[4:5]]),
     ("than every completion", lambda rows: [row.update(completion_ids=row["completion_ids"][:5]) for row in rows]),
+    ("no list of token ids", lambda rows: rows[1].update(completion_ids=["7", "8"])),
+    ("no list of token ids", lambda rows: rows[1]["completion_ids"].append(-1)),
+    ("no list of token ids", lambda rows: rows[1].update(prompt_ids=[])),
     ("do not fit, with their reference", lambda rows: rows[0].update(completion_ids=rows[0]["completion_ids"] * 99)),
 ])
 @pytest.mark.parametrize("kind", ["--rollouts", "--samples"])
@@ -425,14 +433,14 @@ def test_bad_completions_are_refused_with_a_sentence(rollouts, tmp_path, kind: s
 @pytest.mark.parametrize("sentence, argv", [
     ("must be below", ["--tau_low", 0.4, "--tau_high", 0.3]), ("must be below", ["--tau_low", 0.3, "--tau_high", 0.3]),
     ("choose one", ["--samples", "a", "--rollouts", "b"]), ("no such file", ["--rollouts", "nowhere.jsonl"]),
-    ("cannot be read", ["--tokens", "nowhere.npz"]),
+    ("cannot be read", ["--tokens", "nowhere.npz"]), ("--model: with --tokens", ["--tokens", "a", "--model", "b"]),
 ])
 def test_bad_options_are_refused_with_a_sentence(tmp_path, sentence: str, argv: list) -> None:
     assert sentence in refused("--preset", "tiny", "--out", tmp_path, *argv)
 
 
 @needs_tiny
-@pytest.mark.parametrize("adapter, sentence", [("nowhere", "no adapter_config.json"), ("empty", "is empty")])
+@pytest.mark.parametrize("adapter, sentence", [("nowhere", "are not both in it"), ("empty", "is all zeros")])
 def test_a_missing_or_empty_adapter_is_refused(tiny_model, tmp_path, adapter: str, sentence: str) -> None:
     if adapter == "empty":
         add_adapter(load_base(tiny_model[2], torch.device("cpu")), tiny_model[2]).save_pretrained(tmp_path / "empty")

@@ -479,10 +479,20 @@ HEAD = torch.ones(5, 3)
     ("magnitude|gate|mask", lambda: token_advantages(A, X, X, M[0])),
     ("mask", lambda: token_advantages(A, X, X, ~M)),
     ("rewards", lambda: RewardStats().update(BAD_A)), ("rewards", lambda: RewardStats().advantages(BAD_A, 0)),
+    (r"\bW\b", lambda: lookahead_min(X, M, math.inf)), (r"\bW\b", lambda: lookahead_min(X, M, NAN)),
+    ("entropy", lambda: lookahead_min(X.long(), M, 1)), ("gamma", lambda: confidence_gate(X, M, math.inf, 1)),
+    ("entropy", lambda: confidence_gate(X / 0, M, 0.3, 1)),
 ])
 def test_wrong_input_is_a_value_error_that_names_the_argument(names: str, call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=names):
         call()
+
+
+def test_rewards_that_are_refused_leave_the_statistics_as_they_were() -> None:
+    stats = RewardStats()
+    with pytest.raises(ValueError, match="rewards"):
+        stats.update([1.0, NAN])
+    assert stats.count == 0
 
 
 @pytest.mark.parametrize("function", [logprob_and_entropy, logprob_and_gradient])
@@ -490,7 +500,7 @@ def test_wrong_input_is_a_value_error_that_names_the_argument(names: str, call: 
     ("hidden|head_weight", (X[:, :2], HEAD, Y, 4)), ("targets", (X, HEAD, Y[:1], 4)), ("hidden", (BAD, HEAD, Y, 4)),
     # negative indices wrap and a negative step loops zero times: both would be silent
     ("targets", (X, HEAD, Y - 1, 4)), ("targets", (X, HEAD, Y + 5, 4)), ("chunk", (X, HEAD, Y, 0)),
-    ("chunk", (X, HEAD, Y, -1)),
+    ("chunk", (X, HEAD, Y, -1)), ("chunk", (X, HEAD, Y, 1.5)), ("targets", (X, HEAD, Y.float(), 4)),
 ])
 def test_wrong_input_to_the_head_is_a_value_error_too(function: Callable, names: str, args: tuple) -> None:
     with pytest.raises(ValueError, match=names):
@@ -726,6 +736,22 @@ def test_prompts_equal_the_chat_template_and_control_tokens_in_a_problem_are_tex
     assert egrsd.fill("P {problem} S {solution} \\boxed{}", row) == "P a {solution} {x} S s {problem} \\boxed{}"
 
 
+def test_a_harmless_prompt_is_tokenised_in_one_go_with_any_tokeniser(qwen_like) -> None:
+    """Llama's tokenisers put a mark before each text that they are given: a prompt in pieces would get three."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(["What is one and one ? 2 user assistant"] * 3, trainers.BpeTrainer(
+        vocab_size=200, show_progress=False, special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"]))
+    llama_like = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=QWEN_TEMPLATE)
+    for tok in (llama_like, AutoTokenizer.from_pretrained(qwen_like)):
+        theirs = tok.apply_chat_template([{"role": "user", "content": "What is 1 + 1 ?"}], add_generation_prompt=True,
+                                         tokenize=False, enable_thinking=False)
+        ours = egrsd.encode_prompt(tok, " What is 1 + 1 ?\n", False)
+        assert ours == tok(theirs, add_special_tokens=False).input_ids
+
+
 def test_a_step_has_its_full_batch_and_names_what_it_skips(tokenizer) -> None:
     s = tiny_settings("--batch_size", 8, "--rollouts_per_prompt", 2, "--max_length", 180)
     problems = egrsd.load_problems(s.data, s)[:20]
@@ -764,7 +790,8 @@ def test_local_files_of_three_kinds_read_alike(kind, tmp_path) -> None:
     ('{"problem": "p", "solution": "s", "answer": "1"}', ("--answer_column", "gold"), "no column 'gold'"),
     ('{"problem": "p", "solution": " ", "answer": "1"}', (), "1 of 1 rows have an empty solution"),
     ('{"problem": "p", "solution": "s", "answer": null}', (), "empty answer"),
-    ("", (), "is empty"), ("this is no JSON", (), "cannot be read"), (None, (), "there is no such file"),
+    ("", (), "is empty"), ("[]", (), "is empty"), ("this is no JSON", (), r"cannot be read \(.*JSON"),
+    (None, (), "there is no such file"),
 ])
 def test_bad_data_ends_with_a_sentence(content, options, sentence, tmp_path) -> None:
     path = tmp_path / "data.jsonl"
@@ -794,6 +821,8 @@ def test_defaults_are_table_a1_and_presets_set_what_goes_with_the_model() -> Non
     (["--rollout", "tgi"], "invalid choice"), (["--max_completion", "20000"], "leave room"),
     (["--batch_size", "7", "--rollouts_per_prompt", "2"], "multiple of"), (["--batch_size", "0"], "sizes"),
     (["--student_prompt", "hello"], "must hold"), (["--resume", "--overwrite"], "choose one"),
+    (["--lr", "nan"], "finite"), (["--lr", "-1"], "--lr"), (["--max_grad_norm", "-1"], "--max_grad_norm"),
+    (["--seed", "-1"], "--seed"), (["--lora_alpha", "0"], "sizes"), (["--temperature", "inf"], "finite"),
 ])
 def test_bad_options_end_with_a_sentence(options, sentence, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -819,9 +848,14 @@ def test_bad_models_end_with_a_sentence(tmp_path) -> None:
         egrsd.load_base(tiny_settings("--model", tmp_path), cpu)
     with pytest.raises(SystemExit, match="tokenizer cannot be loaded"):
         egrsd.load_tokenizer(tiny_settings("--model", tmp_path))
-    s = tiny_settings("--lora_targets", "q_proj,c_attn")
-    with pytest.raises(SystemExit, match=r"\['c_attn'\] match nothing.*down_proj"):
-        egrsd.add_adapter(egrsd.load_base(s, cpu), s)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(5 << 30)  # five sparse GiB: as big as a model of 2.7 billion parameters
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        egrsd.check_place(tiny_settings("--model", tmp_path), cpu)
+    for targets in ("q_proj,c_attn", "q_proj,", "self_attn", "lm_head"):
+        s = tiny_settings("--lora_targets", targets)
+        with pytest.raises(SystemExit, match=r"\['(c_attn|self_attn|lm_head|)'\] match nothing.*down_proj"):
+            egrsd.add_adapter(egrsd.load_base(s, cpu), s)
 
 
 def test_a_head_that_is_not_a_plain_product_is_refused() -> None:
@@ -945,6 +979,7 @@ def test_grades_statuses_and_the_last_box_after_the_last_thought() -> None:
         (r"<think> x </think> \boxed{\{4\}}", r"\{ 4 \}", True, "ok"),
         (r"\boxed{" + "4" * 1001 + "}", "4", False, "no_box"),
         (r"\boxed{073}", "73", True, "ok"), (r"\boxed{4.5\times10^{33}}", "4.5e33", True, "ok"),
+        (r"\boxed{73}", "7" * 5000, False, "ok"),  # more digits than int() takes
     ]
     texts, golds, right, status = zip(*cases)
     grades = grade_completions(texts, golds)
@@ -1080,6 +1115,46 @@ def test_a_run_is_not_overwritten_and_resume_keeps_its_settings(uninterrupted, t
     assert "student prompt" in output
 
 
+def test_a_run_is_refused_in_a_folder_that_holds_anything_of_a_run_or_that_another_process_writes_to(tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "summary.json").write_text('{"benchmarks": 1}')  # eval.py's, for example
+    assert "already holds a run" in run(*SMALL, "--out", tmp_path / "a", code=1)
+    process = start(*SMALL, "--steps", 500, "--out", tmp_path / "b")
+    wait_for(lambda: lines(tmp_path / "b" / "log.jsonl") >= 1, process)
+    for how in ("--resume", "--overwrite"):
+        assert "another process is writing to" in run(*SMALL, "--steps", 500, "--out", tmp_path / "b", how, code=1)
+    process.kill()
+    process.wait()
+    assert len({row["step"] for row in read_log(tmp_path / "b")}) == lines(tmp_path / "b" / "log.jsonl")
+
+
+def test_overwrite_deletes_nothing_until_the_new_run_can_start(uninterrupted, tmp_path) -> None:
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    for wrong in (("--data", "nowhere.jsonl"), ("--lora_targets", "c_attn")):
+        run(*SMALL, *wrong, "--out", out, "--overwrite", code=1)
+    assert_same_run(out, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "step_6/trainer.json", "step_6/trainer.safetensors",
+                                  "step_6/adapter_model.safetensors"])
+def test_a_damaged_file_is_named_where_a_run_is_resumed(name, uninterrupted, tmp_path) -> None:
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    (out / name).write_bytes((out / name).read_bytes()[:100])
+    output = run("--resume", "--steps", 8, "--out", out, code=1)
+    assert "is damaged" in output and Path(name).parts[0] in output and "Traceback" not in output
+
+
+def test_a_full_disk_in_the_middle_of_the_log_ends_with_a_sentence(tmp_path) -> None:
+    from support.basics import append_lines
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"log.jsonl could not be written.*--resume"):
+            append_lines(tmp_path / "log.jsonl", [{"step": 1, "text": "x" * 2_000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_an_output_folder_that_cannot_be_made_and_a_missing_gpu_are_said_at_once(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be made" in run(*SMALL, "--out", tmp_path / "file" / "run", code=1)
@@ -1138,6 +1213,14 @@ def test_the_frozen_teacher_is_bit_identical_after_training(tmp_path, monkeypatc
             signal.signal(number, handler)
     assert fingerprint(kept["model"]) == kept["before"]
     assert any(p.abs().max() > 0 for name, p in kept["model"].named_parameters() if "lora_B" in name)
+
+
+def test_a_canary_that_is_nan_stops_the_run_too(tmp_path, monkeypatch) -> None:
+    real = egrsd.accumulate_gradient
+    monkeypatch.setattr(egrsd, "accumulate_gradient", lambda *args: {**real(*args), "canary": math.nan})
+    monkeypatch.setattr(egrsd, "stop_on_signals", lambda: [])
+    with pytest.raises(SystemExit, match="it runs other weights"):
+        egrsd.train(tiny_settings(*SMALL[2:], "--steps", 2, "--out", tmp_path / "run"))
 
 
 def test_nan_stops_the_run_names_the_culprits_and_saves_the_state(tmp_path) -> None:

@@ -24,6 +24,7 @@ import egrsd
 import eval as ev
 from egrsd import HERE, PRESETS, Settings, add_adapter, load_base
 from support import benchmarks, scores
+from support import compare as compare_module
 from support.benchmarks import load_benchmark
 from support.grading import answers_match, grade_completions
 from support.scores import paired_difference
@@ -131,7 +132,7 @@ def test_published_figures_are_consistent() -> None:
             assert f["metric"] not in rows.setdefault((f["table"], f["model"], f["method"], f["gamma"], f["W"]), {})
             rows[f["table"], f["model"], f["method"], f["gamma"], f["W"]][f["metric"]] = float(f["value"])
     assert {key[0] for key in rows} == {"2", "3", "4", "5", "6", "7", "A3", "A4", "A5", "A6"}
-    assert sum(map(len, rows.values())) == 363
+    assert sum(map(len, rows.values())) == 364
     six = ["aime24", "aime25", "hmmt25", "math500", "minerva", "gsm8k"]
     averaged = [v for v in rows.values() if "avg" in v and set(six) <= set(v)]
     assert len(averaged) == 7 + 7 + 5 + 4 + 6 + 6
@@ -539,10 +540,22 @@ def test_damaged_line_is_named(tmp_path: Path, base_run: Path) -> None:
         ev.main([*TINY, "--save_ids", "--out", str(out)])
 
 
+def test_samples_without_settings_or_fewer_than_the_summary_says_are_refused(base_run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(base_run, tmp_path / "out")
+    write_lines(out / "samples.jsonl", [*rows_of(out).values()][:10])
+    with pytest.raises(SystemExit, match="14 samples are missing"):
+        ev.main(["--compare", str(out), "--out", str(tmp_path / "compare")])
+    ev.main(["--regrade", "--out", str(out)])
+    assert not (out / "summary.json").exists() and not (out / "table.md").exists()
+    (out / "settings.json").unlink()
+    with pytest.raises(SystemExit, match="no settings.json"):
+        ev.main([*TINY, "--out", str(out)])
+
+
 @pytest.mark.parametrize("damage, sentence", [
     (lambda f: shutil.rmtree(f), "are not both in it"),
     (lambda f: (f / "adapter_model.safetensors").unlink(), "are not both in it"),
-    (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read .JSONDecodeError"),
+    (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
     (lambda f: os.truncate(f / "adapter_model.safetensors", 5000), "cannot be read .SafetensorError"),
     (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "cannot be read .SafetensorError"),
     (lambda f: edit_weights(f, lambda k, t: None), "no LoRA weights"),
@@ -551,6 +564,10 @@ def test_damaged_line_is_named(tmp_path: Path, base_run: Path) -> None:
     (lambda f: edit_weights(f, lambda k, t: t[:, :-8].contiguous() if "lora_A" in k else t), "of another shape"),
     (lambda f: edit_weights(f, lambda k, t: t[:-8] if "lora_B" in k else t), "of another shape"),
     (lambda f: edit_weights(f, lambda k, t: None if "layers.1" in k else t), "layers.1.* is missing"),
+    (lambda f: edit_config(f, r=4), "of another shape"), (lambda f: edit_config(f, use_dora=True), "no plain LoRA"),
+    (lambda f: edit_config(f, peft_type="IA3"), "no plain LoRA"),
+    (lambda f: (f / "adapter_config.json").write_text("[]"), "cannot be read .TypeError"),
+    (lambda f: add_weights(f), "no part of a LoRA adapter"),
     (lambda f: edit_config(f, base_model_name_or_path="Qwen/Qwen3-8B"), "was trained on Qwen/Qwen3-8B, not on --model"),
 ])
 def test_bad_adapter_is_fatal(damage, sentence: str, tmp_path: Path, adapter: Path) -> None:
@@ -565,6 +582,12 @@ def edit_weights(folder: Path, change) -> None:
     from safetensors.torch import load_file, save_file
     tensors = {k: change(k, t) for k, t in load_file(folder / "adapter_model.safetensors").items()}
     save_file({k: t for k, t in tensors.items() if t is not None}, folder / "adapter_model.safetensors")
+
+
+def add_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(3)}, folder / "adapter_model.safetensors")
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -640,7 +663,8 @@ def test_compare(tmp_path: Path, base_run: Path, adapter_run: Path, capsys: pyte
             for run in (adapter_run, base_run))
     d, se = 100 * (a - b).mean(), 100 * (a - b).std(ddof=1) / 8 ** 0.5
     assert f"{d:+.2f} +- {se:.2f}" + (" ~" if abs(d) <= 2 * se else "") in text
-    assert "paper, Table 3: CL-EGRSD gamma 1.0 W 5" in text and "69.32" in text and "12,232" in text
+    assert "paper, Table 3: CL-EGRSD gamma 1.0 W 5 (its six benchmarks)" in text and "69.32" in text
+    assert "12,232" in text and "12,097" in text
     assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out" / "heatmaps.png").exists()
     json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -669,6 +693,35 @@ def test_compare_sweeps(tmp_path: Path, base_run: Path) -> None:
     assert (tmp_path / "out" / "heatmaps.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_paper_is_averaged_over_the_benchmarks_of_the_runs(tmp_path: Path, base_run: Path) -> None:
+    run = fake_run(base_run, tmp_path / "run", {}, 0)
+    rows = [*rows_of(run).values()]
+    for n, row in enumerate(rows):
+        row["benchmark"] = ("aime24", "aime25")[n % 2]
+    write_lines(run / "samples.jsonl", rows)
+    ev.main(["--compare", str(run), "--paper", "qwen3-8b", "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "table.md").read_text()
+    line = next(line for line in text.splitlines() if "Table 3: no-train" in line)
+    _, _, aime24, aime25, average, tokens, eff, _ = (cell.strip() for cell in line.split("|"))
+    assert float(average) == pytest.approx((float(aime24) + float(aime25)) / 2, abs=0.006) and tokens == eff == ""
+
+
+def test_each_label_of_the_frontier_stands_near_its_point_and_on_no_other(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(compare_module, "save_figure", lambda path, figure, dpi: drawn.append(figure))
+    points = [(f"run {i}", 28 + i / 3, 97 + i / 2, 0.3, 0.5, True) for i in range(5)] + [("base", 34, 57, 1, 1, True)]
+    compare_module.draw_frontier(tmp_path / "x.png", points)
+    figure, axis = drawn[0], drawn[0].axes[0]
+    figure.draw_without_rendering()
+    boxes = [note.get_window_extent() for note in axis.texts]
+    assert [note.get_text() for note in axis.texts] == [p[0] for p in points]
+    for box, point in zip(boxes, points):
+        x, y = axis.transData.transform(point[1:3])
+        away = math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0))
+        assert away < 60 * figure.dpi / 72
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 @pytest.mark.parametrize("argv, sentence", [
     (["no/such/run"], "no finished evaluation"), (["{base}", "--paper", "gpt-5"], "no such rows"),
     (["{base}", "{other}"], "no benchmark in common")])
@@ -677,7 +730,7 @@ def test_compare_bad_input(argv: list[str], sentence: str, tmp_path: Path, base_
     write_lines(other / "samples.jsonl", [{**row, "benchmark": "gsm8k"} for row in rows_of(other).values()])
     with pytest.raises(SystemExit, match=sentence):
         ev.main(["--compare", *(a.format(base=base_run, other=other) for a in argv), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="a comparison needs a folder of its own"):
+    with pytest.raises(SystemExit, match="a comparison needs its own folder"):
         ev.main(["--compare", str(base_run), "--out", str(base_run)])
 
 

@@ -76,10 +76,13 @@ def first_rank_first() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def failing_at_once() -> Iterator[None]:
-    """One of several ranks that fails in the block leaves at once: a tidy teardown would wait for the others."""
+def ending_together() -> Iterator[None]:
+    """All ranks leave the block, then the processes part; one that fails leaves at once and waits for nobody."""
     try:
         yield
+        if dist.is_initialized():
+            barrier()
+            dist.destroy_process_group()  # left to the end of the interpreter, its threads now and then abort it
     except BaseException as error:
         if rank_and_world()[1] == 1 or isinstance(error, SystemExit) and not error.code:
             raise
@@ -188,9 +191,24 @@ def make_folder(path: Path) -> None:
         fail(f"--out {path} cannot be made ({error.strerror}); name a folder that can be written")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """End with a sentence where the disk is full or the file may not be written."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{path} could not be written ({error.strerror or first_line(error)}). What is saved stays: mend that, "
+             "then start the same command again (a training run with --resume)")
+
+
 def read_json(path: Path, default: object = None) -> dict:
     """The file's value; `default`, if one is given, where there is no such file."""
-    return default if default is not None and not path.exists() else json.loads(path.read_text())
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        fail(f"{path} is damaged ({first_line(error)})")
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
@@ -201,7 +219,8 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_beside(path, lambda beside: beside.write_text(text))
+    with writing(path):
+        write_beside(path, lambda beside: beside.write_text(text))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -213,5 +232,5 @@ def json_lines(rows: Iterable[dict]) -> str:
 
 
 def append_lines(path: Path, rows: list[dict]) -> None:
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         file.write(json_lines(rows))

@@ -73,6 +73,8 @@ def sample_key(row: dict) -> tuple[str, str, int, int]:
 
 def open_folder(out: Path, settings: dict) -> None:
     """Refuse to mix samples drawn under different settings; leave whole lines only."""
+    if any(path.stat().st_size for path in out.glob("samples*.jsonl")) and not (out / "settings.json").exists():
+        fail(f"{out} holds samples and no settings.json: nobody knows how they were drawn. Take another --out")
     old = read_json(out / "settings.json") if (out / "settings.json").exists() else settings
     changed = [f"{k} {old.get(k)!r} (now {v!r})" for k, v in settings.items() if k not in FREE and old.get(k) != v]
     if changed:

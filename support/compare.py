@@ -1,12 +1,16 @@
 """Comparison of finished evaluations: paired differences, the paper's rows beside ours, sweeps, plots."""
 import json
 import math
+import statistics
 from pathlib import Path
 
 from support.basics import fail, first_wrong, make_folder, read_json, say, write_json, write_text
 from support.benchmarks import FREE, read_samples
 from support.plots import canvas, save_figure
-from support.scores import combine, grouped, paired_difference, paper_rows, pareto, run_scores, show, table
+from support.scores import (combine, grouped, missing_samples, paired_difference, paper_rows, pareto, run_scores, show,
+                            table)
+
+SIX = ("aime24", "aime25", "hmmt25", "math500", "minerva", "gsm8k")  # what the paper's averages, lengths and Eff span
 
 
 def load_run(folder: str) -> dict:
@@ -14,9 +18,11 @@ def load_run(folder: str) -> dict:
     path = Path(folder)
     if not (path / "summary.json").is_file():
         fail(f"--compare {folder}: no finished evaluation there (no summary.json). Its own command finishes it")
-    settings = read_json(path / "settings.json")
+    settings, samples = read_json(path / "settings.json"), read_samples(path).values()
+    if missing := missing_samples(settings, samples):
+        fail(f"--compare {folder}: {missing} samples are missing since its summary was written. Its command goes on")
     return {"name": path.resolve().name, "folder": folder, "settings": settings, **settings["training"],
-            "samples": grouped(read_samples(path).values(), lambda row: row["benchmark"])}
+            "samples": grouped(samples, lambda row: row["benchmark"])}
 
 
 def compare(out: Path, folders: tuple[str, ...], published: str) -> None:
@@ -27,9 +33,10 @@ def compare(out: Path, folders: tuple[str, ...], published: str) -> None:
     main = {"qwen3-4b": "2", "qwen3-8b": "3", "acereason-7b": "A4", "olmo3-7b": "A5"}
     paper = [row for row in paper_rows(model, [number or main.get(model)]) if {"avg", *names} & {*row}]
     first_wrong([
-        ((out / "samples.jsonl").exists(), f"--out {out} holds an evaluation; a comparison needs a folder of its own"),
+        ((out / "samples.jsonl").exists(), f"--out {out} holds an evaluation; a comparison needs its own folder"),
         (not names, "--compare: the runs have no benchmark in common"),
-        (published and not paper, f"--paper {published}: no such rows in paper_tables.csv; it has {', '.join(main)}"),
+        (published and not paper, f"--paper {published}: paper_tables.csv has no such rows, or none with an average; "
+         f"it has {', '.join(main)}"),
     ], fail)
     for run in runs:
         run |= run_scores(run["samples"], names)
@@ -40,9 +47,12 @@ def compare(out: Path, folders: tuple[str, ...], published: str) -> None:
         cells = [show(b["accuracy"], b["se"]) for b in [*run["benchmarks"].values(), run]]
         return [label, *cells, show(run["length"], run["length_se"], 1), show(run["eff"])]
 
-    def theirs(row: dict) -> list[str]:
-        cells = [show(row.get(name)) for name in [*names, "avg"]]
-        return [row["label"], *cells, show(row.get("length"), digits=0), show(row.get("eff"))]
+    def theirs(row: dict) -> list[str]:  # their figures must span the benchmarks that ours span
+        label, cells = row["label"], [show(row.get(name)) for name in names]
+        if {*names} != {*SIX} and {*names} <= {*row}:
+            return [label, *cells, show(statistics.fmean(row[name] for name in names)), "", ""]
+        label += "" if {*names} == {*SIX} else " (its six benchmarks)"
+        return [label, *cells, show(row.get("avg")), show(row.get("length"), digits=0), show(row.get("eff"))]
 
     text = "Accuracy in %, +- one standard error\n\n"
     text += table(["run", *header], [ours(run["label"], run) for run in runs] + [theirs(row) for row in paper])
@@ -84,9 +94,11 @@ def compare(out: Path, folders: tuple[str, ...], published: str) -> None:
     make_folder(out)
     draw_frontier(out / "frontier.png", [
         *((run["label"], run["length"], run["accuracy"], run["length_se"], run["se"], True) for run in runs),
-        *((f"{row['method']} (paper)", row["length"], row["avg"], None, None, False) for row in paper if "eff" in row)])
+        *((f"{row['method']} (paper)", row["length"], row["avg"], None, None, False) for row in paper
+          if "eff" in row and {*names} == {*SIX})])
     cells = {(gamma, W): {**{name: b["accuracy"] for name, b in run["benchmarks"].items()}, "Avg.": run["accuracy"]}
              for (gamma, W, _), run in last.items()}
+    (out / "heatmaps.png").unlink(missing_ok=True)  # of an earlier comparison
     if min(len({gamma for gamma, _ in cells}), len({W for _, W in cells})) > 1:
         draw_heatmaps(out / "heatmaps.png", cells)
     write_text(out / "table.md", text)
@@ -102,13 +114,13 @@ def draw_frontier(path: Path, points: list[tuple]) -> None:
     palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
     colors = [palette[i % 6] if p[5] else "#666666" for i, p in enumerate(points)]
     for i, (_, x, y, x_se, y_se, ours) in enumerate(points):
-        axis.errorbar(x, y, y_se, x_se, "o" if ours else "s", color=colors[i], markersize=7, elinewidth=1,
-                      markerfacecolor=colors[i] if i in best else "white")
+        axis.errorbar(x, y, y_se, x_se, "oD^v"[i // 6 % 4] if ours else "s", color=colors[i], markersize=7,
+                      elinewidth=1, markerfacecolor=colors[i] if i in best else "white")
     axis.margins(0.2)
     axis.set(xlabel="mean length in tokens", ylabel="accuracy in %")
     axis.xaxis.set_major_formatter("{x:,g}")
     axis.set_title("filled: on the Pareto frontier; bars: one standard error", fontsize=9, loc="left", color="#666666")
-    figure.canvas.draw()
+    figure.draw_without_rendering()  # settles the layout: the texts have an extent from here on
     places = axis.transData.transform([p[1:3] for p in points])
     taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in places]
     offsets = [(9 * side, dy) for dy in (7, -15, 20, -28, 33, -41, 46, -54, 59, -67) for side in (1, -1)]

@@ -29,10 +29,17 @@ def read_rows(path: str, keys: tuple[str, ...]) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             fail(f"{path}, line {number} is not JSON: a run that was killed may have left half a line; remove it")
+        if not isinstance(rows[-1], dict):
+            fail(f"{path}, line {number} is no JSON object")
         missing = [key for key in keys if rows[-1].get(key) is None]
         if missing:
             fail(f"{path}, line {number} has no {' and no '.join(missing)}. The passes need the token ids as sampled: "
                  "a samples.jsonl has them if eval.py ran with --save_ids, a rollouts.jsonl of egrsd.py always")
+        for key in {*keys} & {"prompt_ids", "completion_ids"}:
+            ids = rows[-1][key]
+            numbers = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+            if not numbers or not ids and key == "prompt_ids":
+                fail(f"{path}, line {number}: {key} is no list of token ids")
     return rows
 
 
@@ -45,10 +52,16 @@ def run_rows(path: str, limit: int) -> list[dict]:
 
 
 def eval_rows(path: str, limit: int) -> list[dict]:
-    """Samples of eval.py --save_ids; the benchmarks' problems are kept apart."""
-    rows = read_rows(path, ("id", "gold", "problem", "text", "correct", "prompt_ids", "completion_ids"))
-    return [{**row, "key": (row.get("benchmark"), row["id"]), "answer": str(row["gold"]),
-             "solution": row.get("solution") or ""} for row in rows[: limit or None]]
+    """Samples of eval.py --save_ids: all of some problems, drawn at random, since the short ones may stand first."""
+    problems = collections.defaultdict(list)
+    for row in read_rows(path, ("id", "gold", "problem", "text", "correct", "prompt_ids", "completion_ids")):
+        key = (row.get("benchmark"), row["id"])  # the benchmarks' problems are kept apart
+        problems[key].append({**row, "key": key, "answer": str(row["gold"]), "solution": row.get("solution") or ""})
+    rows = []
+    for key in random.Random(0).sample(sorted(problems, key=str), len(problems)):
+        if not limit or len(rows) < limit:
+            rows += sorted(problems[key], key=lambda row: (row.get("run", 0), row.get("sample", 0)))
+    return rows
 
 
 def give_references(rows: list[dict]) -> dict[str, int]:

@@ -27,7 +27,10 @@ def load_problems(source: str, s: Settings, option: str = "--data") -> list[dict
         with first_rank_first():
             table = datasets.load_dataset(**(local if kind else {"path": source, "split": s.split}))
     except Exception as error:  # datasets raises a dozen types; each means that there is nothing to train on
-        fail(f"{option} {source} cannot be read ({type(error).__name__}: {first_line(error)}). It takes a hub id, or a "
+        cause = error.__cause__ or error
+        if "corresponds to no data" in str(error):
+            fail(f"{option} {source} is empty")
+        fail(f"{option} {source} cannot be read ({type(cause).__name__}: {first_line(cause)}). It takes a hub id, or a "
              ".json, .jsonl or .parquet file with one problem a row")
     column = {}
     for field in ("problem", "solution", "answer"):
@@ -56,8 +59,8 @@ def fill(template: str, row: dict[str, str]) -> str:
 def encode_prompt(tokenizer, content: str, thinking: bool) -> list[int]:
     """Token ids of one user turn and the generation prefix: the only prompt format, for both roles and for eval. [D7]
 
-    A base model without a chat template gets the plain text and a line break. No control token in `content` counts: it
-    is cut after the first character of each, so that "<|im_end|>" in a problem is text and cannot end its turn.
+    A base model without a chat template gets the plain text and a line break. No control token in `content` counts: the
+    text is cut after the first character of each, so that "<|im_end|>" in a problem is text and cannot end its turn.
     """
     mark = "\uE000content\uE000"  # private-use characters, which no template writes
     text = (tokenizer.bos_token or "") + mark + "\n"
@@ -66,12 +69,12 @@ def encode_prompt(tokenizer, content: str, thinking: bool) -> list[int]:
                                              add_generation_prompt=True, enable_thinking=thinking)
     if text.count(mark) != 1:
         fail("the chat template of this model changes or repeats the user's text, which is not supported")
-    before, after = text.split(mark)
-    content = content.strip()
+    content, begin = content.strip(), text.index(mark)
     control = {*tokenizer.get_added_vocab(), "<think>", "</think>"} - {""}
     inside = re.finditer("(?=" + "|".join(map(re.escape, control)) + ")", content)
-    cuts = [0, *(match.start() + 1 for match in inside), len(content)]
-    pieces = [before, *(content[a:b] for a, b in zip(cuts, cuts[1:])), after]
+    text = text.replace(mark, content)
+    cuts = [0, *(begin + match.start() + 1 for match in inside), len(text)]
+    pieces = [text[a:b] for a, b in zip(cuts, cuts[1:])]  # one, where the content is harmless
     return [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False).input_ids]
 
 

@@ -116,7 +116,7 @@ def choose_engine(s: Settings, device: torch.device) -> tuple[str, str]:
     """-> "vllm" or "hf", and why: vLLM where there is a GPU and vLLM, unless told otherwise."""
     there = installed("vllm")
     if s.rollout == "vllm" and not there:
-        fail("--rollout vllm: vLLM is not installed (pip install -r requirements.txt); --rollout hf does without it")
+        fail("vLLM is asked for and not installed (pip install -r requirements.txt); the engine hf does without it")
     if s.rollout != "auto":
         return s.rollout, "asked for"
     if device.type == "cuda" and there:
@@ -132,7 +132,8 @@ def tensor_parallel(s: Settings, config) -> int:
     here, heads, kv = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.num_attention_heads, config.num_key_value_heads
     fits = [n for n in range(1, here + 1) if here % n == 0 and heads % n == 0 and (kv % n == 0 or n % kv == 0)]
     if s.rollout_tp and s.rollout_tp not in fits:
-        fail(f"--rollout_tp {s.rollout_tp}: {here} processes on this machine and the model's heads allow {fits}")
+        fail(f"{s.rollout_tp} processes cannot share one vLLM engine: the {here} of this machine and the model's heads "
+             f"allow {' or '.join(map(str, fits))}")
     return s.rollout_tp or max(fits)
 
 

@@ -117,12 +117,13 @@ def token_ticks(axis, one: dict, a: int, b: int) -> None:
 
 
 def draw_trace(one: dict, number: int):
-    """Figure A3: the whole completion, and three zooms into it: the longest certain span, two steep pivots."""
+    """Figure A3: the whole completion, and zooms into it: a long certain span and, apart from it, two steep pivots."""
     figure, axes = canvas(2, 1, 12, 6.4)
     T, rise = len(one["H_hat"]), (one["H_hat"] - one["H_hat_CL"]) * (one["regime"] == REGIMES.index("pivot"))
-    certain = max(runs_of(one["regime"] == 0), key=lambda run: run[1] - run[0], default=(0, 0))
     first = int(rise.argmax())
     second = int(np.where(np.abs(np.arange(T) - first) > 16, rise, -1).argmax())
+    apart = lambda run: min(abs(sum(run) // 2 - first), abs(sum(run) // 2 - second)) > 16  # noqa: E731
+    certain = max(runs_of(one["regime"] == 0), key=lambda run: (apart(run), run[1] - run[0]), default=(0, 0))
     top = axes[0, 0]
     top.plot(one["H_hat"], color="#222222", linewidth=0.9, label="entropy / batch maximum")
     top.plot(envelope(one["H_hat"], max(5, T // 40)), color="#E69F00", linewidth=2, label="smoothed envelope")
@@ -228,15 +229,18 @@ def draw_dynamics(paths: list[str], default_limit: float):
     figure, axes = canvas(2, 3, 13, 6.4)
     panels = {"grad_norm": "gradient norm before clipping", "reward": "mean reward r", "length": "mean length (tokens)",
               "gate": "mean gate \u03c9", "running_std": "\u03c3 of the rewards of earlier steps"}
-    limits = set()
-    for number, path in enumerate(Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path) for path in paths):
+    files, limits = [Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path) for path in paths], set()
+    names = [path.parent.name for path in files]
+    for number, path in enumerate(files):
         rows, settings = read_rows(str(path), ("step",)), path.parent / "settings.json"
         limits.add(read_json(settings, {}).get("max_grad_norm", default_limit))
         color = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")[number % 6]
         for axis, (key, name) in zip(axes.flat, panels.items()):
             values = [math.nan if row.get(key) is None else row[key] for row in rows]
+            if key == "running_std" and values and values[0] == 0:
+                values[0] = math.nan  # no step is earlier than the first
             axis.plot([row["step"] for row in rows], values, ("-", "--", "-.", ":")[number % 4], color=color,
-                      linewidth=1.4, label=path.parent.name)
+                      linewidth=1.4, label=names[number] if names.count(names[number]) == 1 else str(path.parent))
             axis.set(xlabel="step", ylabel=name)
     for limit in limits:
         axes[0, 0].axhline(limit, color="#B00020", linestyle="-.", linewidth=1.2, label=f"clipped to {limit:g}")

@@ -120,7 +120,7 @@ def answers_match(prediction: str, gold: str, normalise: bool = True) -> bool:
 
 def grader_worker() -> None:
     """A grading process: JSON questions on stdin, JSON verdicts on stdout, until stdin closes or the parent dies."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, but the trainer's business
+    for number in (signal.SIGINT, signal.SIGTERM):  # some schedulers send them to all processes
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, also when it is killed
         import ctypes
@@ -150,9 +150,14 @@ def _start_worker() -> subprocess.Popen:
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     program = "from support.grading import grader_worker; grader_worker()"
     worker = subprocess.Popen([sys.executable, "-c", program], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+                              stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
+                              process_group=0)  # Ctrl-C and SIGTERM are the trainer's business
     _workers[worker] = False
     return worker
+
+
+def _whole(answer: str) -> bool:
+    return answer.isascii() and answer.isdecimal()
 
 
 def grade_completions(texts: list[str], golds: list[str], normalise: bool = True) -> list[Grade]:
@@ -168,7 +173,7 @@ def grade_completions(texts: list[str], golds: list[str], normalise: bool = True
         grades.append(Grade(False, None, none) if answer is None else
                       Grade("".join(answer.split()) == "".join(gold.split()), answer, "ok"))
     todo = [i for i, (grade, gold) in enumerate(zip(grades, golds)) if grade.answer is not None and not grade.correct
-            and not (grade.answer.isdecimal() and gold.isdecimal() and int(grade.answer) != int(gold))]
+            and not (_whole(grade.answer) and _whole(gold) and grade.answer.lstrip("0") != gold.lstrip("0"))]
     for worker in [worker for worker in _workers if worker.poll() is not None]:
         del _workers[worker]
     wanted = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), -(-len(todo) // 8))

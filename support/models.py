@@ -28,13 +28,13 @@ def load_tokenizer(s: Settings):
 
 
 def check_place(s: Settings, device: torch.device) -> None:
-    """Refuse a big model on a CPU, by its name and before any fetch, and a folder that is not there."""
-    if Path(s.model).is_dir():
-        return
-    if s.model.startswith(("/", "./", "../", "~")):
+    """Refuse a big model on a CPU, by the size of its files or by its name, before any fetch, and an absent folder."""
+    folder = Path(s.model).is_dir()
+    if not folder and s.model.startswith(("/", "./", "../", "~")):
         fail(f"--model {s.model}: there is no such folder")
-    billions = re.search(r"(\d+(?:\.\d+)?)B\b", s.model, re.IGNORECASE)
-    if device.type == "cpu" and billions and float(billions[1]) >= 2:
+    name = re.search(r"(\d+(?:\.\d+)?)B\b", s.model, re.IGNORECASE)
+    size = sum(path.stat().st_size for path in Path(s.model).glob("*.safetensors")) / 2e9 if folder else 0  # bfloat16
+    if device.type == "cpu" and (size if folder else float(name[1]) if name else 0) >= 2:
         fail(f"--model {s.model} needs a GPU, and none was found. Without one: --preset tiny")
 
 
@@ -60,11 +60,12 @@ def add_adapter(model, s: Settings):
     """The PEFT model with a fresh float32 LoRA adapter with B = 0: student and base start equal. Section 5.1 [D11]"""
     from peft import LoraConfig, get_peft_model
     targets = [name.strip() for name in s.lora_targets.split(",")]
-    names = [f".{name}" for name, _ in model.named_modules()]
-    absent = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+    linear = [f".{name}" for name, module in model.named_modules()  # the head is in neither pass, and stays frozen
+              if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
+    absent = [target for target in targets if not target or not any(name.endswith(f".{target}") for name in linear)]
     if absent:
-        linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        fail(f"--lora_targets: {absent} match nothing in {s.model}; its linear layers are {', '.join(sorted(linear))}")
+        fail(f"--lora_targets: {absent} match nothing in {s.model}; its linear layers are "
+             f"{', '.join(sorted({name.split('.')[-1] for name in linear}))}")
     torch.manual_seed(s.seed)  # the same A on every rank
     config = LoraConfig(r=s.lora_r, lora_alpha=s.lora_alpha, lora_dropout=0.0, target_modules=targets)
     model = get_peft_model(model, config)  # float32, also beside a bfloat16 base
@@ -128,7 +129,8 @@ def fingerprint(files: Iterable[Path]) -> str:
 def adapter_fingerprint(folder: Path) -> str:
     """Hash of the weights and of what scales them; the rest of its config is paths, and sets in any order."""
     config = read_json(folder / ADAPTER_FILES[0])
-    return fingerprint([folder / ADAPTER_FILES[1]]) + f" r {config['r']} alpha {config.get('lora_alpha')}"
+    scale = [f"{key} {config[key]}" for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern") if config.get(key)]
+    return " ".join([fingerprint([folder / ADAPTER_FILES[1]]), *scale])
 
 
 def load_skeleton(s: Settings):
@@ -156,17 +158,20 @@ def check_adapter(adapter: str, model: str, skeleton) -> int:
     try:
         config, tensors = read_json(folder / ADAPTER_FILES[0]), load_file(folder / ADAPTER_FILES[1])
         base, rank, targets = config["base_model_name_or_path"] or "?", config["r"], config["target_modules"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         fail(f"--adapter {folder} cannot be read ({type(error).__name__}: {error}). Copy it again, or take another")
     linear = {n: (m.out_features, m.in_features) for n, m in skeleton.named_modules() if hasattr(m, "in_features")}
     parts = {(m[1], m[2]): tensor for key, tensor in tensors.items()
              if (m := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key))}
-    misfits = [name for (name, kind), tensor in parts.items()  # lora_A is (r, in), lora_B (out, r)
-               if name not in linear or tensor.shape[kind == "A"] != linear[name][kind == "A"]]
-    if isinstance(targets, list) and not config.get("layers_to_transform"):  # then each such layer must have its pair
+    shapes = {(n, kind): shape for n, (o, i) in linear.items() for kind, shape in (("A", (rank, i)), ("B", (o, rank)))}
+    misfits = [name for (name, kind), tensor in parts.items() if tensor.shape != shapes.get((name, kind))]
+    if isinstance(targets, list):  # then each such layer must have its pair
         misfits += [n for n in linear if n.split(".")[-1] in targets and not {(n, "A"), (n, "B")} <= parts.keys()]
+    special = [key for key in ("use_dora", "rank_pattern", "layers_to_transform", "modules_to_save") if config.get(key)]
     first_wrong([
+        (config.get("peft_type", "LORA") != "LORA" or special, f"is no plain LoRA adapter ({special or 'peft_type'})"),
         (not parts, "holds no LoRA weights"),
+        (len(parts) < len(tensors), "holds weights that are no part of a LoRA adapter, and would be left out"),
         (Path(base).name != Path(model).name, f"was trained on {base}, not on --model {model}. If that is the same "
          "model under another name, correct base_model_name_or_path in adapter_config.json"),
         (misfits, f"does not fit --model {model}: {', '.join(misfits[:3])} is missing, or of another shape. It is "
@@ -194,9 +199,5 @@ def use_student(model, folder: str) -> None:
     """Make the adapter in `folder` the student; '' is the base model (a fresh adapter, which changes nothing)."""
     name = re.sub(r"\W", "_", folder) or "default"
     if name not in model.peft_config:
-        if not (Path(folder) / "adapter_config.json").exists():
-            fail(f"--adapter {folder}: no adapter_config.json there. It takes a folder like RUN/step_100")
         model.load_adapter(folder, name)
-        if not any(p.any() for key, p in model.named_parameters() if "lora_B" in key and f".{name}." in key):
-            fail(f"--adapter {folder} is empty: its student is the base model. If you want that, leave --adapter out")
     model.set_adapter(name)

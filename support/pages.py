@@ -44,11 +44,12 @@ td,th{padding:.2rem .6rem;text-align:left;border-bottom:1px solid #ccc;vertical-
 
 
 def shorten(value: object) -> str:
-    """A number in four digits; {"mean", "low", "high"} with its interval."""
+    """A number in four digits, or whole; {"mean", "low", "high"} with its interval."""
     if isinstance(value, dict):
         return f"{shorten(value['mean'])} ({shorten(value['low'])} to {shorten(value['high'])})"
-    return "\u2013" if value is None else f"{value:.4g}" if isinstance(value, float) else \
-        f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "\u2013" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def table(head: list[str], rows: list[list]) -> str:
@@ -77,8 +78,8 @@ def write_report(out: Path, summary: dict, context: dict, pictures: list[tuple],
           ", ".join(f"{label(text)} {n:,}" for text, n in r["tokens"])] for name, r in summary["regimes"].items()])
     tables["regimes.png"] += table(["\u03c4_low", "\u03c4_high", *REGIMES], [
         [r["tau_low"], r["tau_high"], *(f"{r[name]:.1%}" for name in REGIMES)] for r in summary["sensitivity"]])
-    facts = [[name, summary[name.replace(" ", "_")]]
-             for name in ("completions", "tokens", "result tokens", "mean entropy")]
+    facts = [["completions", summary["completions"]], ["tokens", summary["tokens"]],
+             ["result tokens", summary["result_tokens"]], ["mean teacher entropy (nats)", summary["mean_entropy"]]]
     context = {**context, "references": ", ".join(f"{k}: {n:,}" for k, n in context.get("references", {}).items())}
     facts += [[name, str(context[name])] for name in ("source", "model", "student", "advantages", "references")
               if name in context] + [["\u03b3, W, \u03b5", f"{s.gamma:g}, {s.W}, {s.eps:g}"]]

@@ -1,7 +1,7 @@
 """What the figures of egrsd.py, eval.py and diagnostics.py have in common."""
 from pathlib import Path
 
-from support.basics import write_beside
+from support.basics import write_beside, writing
 
 
 def canvas(rows: int, columns: int, width: float, height: float, **how: object):
@@ -21,4 +21,5 @@ def log_scale(axis) -> None:
 
 
 def save_figure(path: Path, figure, dpi: int = 110) -> None:
-    write_beside(path, lambda beside: figure.savefig(beside, dpi=dpi, format="png"))
+    with writing(path):
+        write_beside(path, lambda beside: figure.savefig(beside, dpi=dpi, format="png"))

@@ -5,8 +5,10 @@ Rank 0 writes. A checkpoint is a PEFT adapter that loads anywhere, and the train
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 
 
 def latest_checkpoint(s: Settings) -> Path | None:
-    return max(Path(s.out).glob("step_[0-9]*"), key=lambda path: int(path.name[5:]), default=None)
+    whole = [path for path in Path(s.out).glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return max(whole, key=lambda path: int(path.name[5:]), default=None)
 
 
 def save_checkpoint(model, optimizer: torch.optim.Optimizer, stats: RewardStats, step: int, position: int,
@@ -48,8 +51,8 @@ def save_checkpoint(model, optimizer: torch.optim.Optimizer, stats: RewardStats,
         state = {f"{name}/{key}": value for name, p in trainable(model).items()
                  for key, value in optimizer.state[p].items()}
         save_file({"torch_random_state": torch.get_rng_state(), **state}, folder / "trainer.safetensors")
-        write_json(folder / "trainer.json", {"step": step, "position": position, "stats": stats.state_dict(),
-                                             "settings": dataclasses.asdict(s)})
+        state = {"step": step, "position": position, "stats": stats.state_dict(), "settings": dataclasses.asdict(s)}
+        (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
 
     folder = Path(s.out) / f"step_{step}"
     try:
@@ -65,9 +68,13 @@ def save_checkpoint(model, optimizer: torch.optim.Optimizer, stats: RewardStats,
 def load_checkpoint(folder: Path, model, optimizer: torch.optim.Optimizer, stats: RewardStats) -> tuple[int, int]:
     """Put everything back as it was. -> step and data position"""
     from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
-    state, tensors = read_json(folder / "trainer.json"), load_file(folder / "trainer.safetensors")
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    try:
+        state, tensors = read_json(folder / "trainer.json"), load_file(folder / "trainer.safetensors")
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    except (OSError, SafetensorError) as error:
+        fail(f"{folder} is damaged ({first_line(error)}). Delete it: --resume goes on from the checkpoint before it")
     torch.set_rng_state(tensors.pop("torch_random_state"))
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
@@ -78,10 +85,11 @@ def load_checkpoint(folder: Path, model, optimizer: torch.optim.Optimizer, stats
 
 
 def open_run(s: Settings) -> Path | None:
-    """Make the run folder ready. -> the checkpoint to go on from; no run is touched without being told to."""
+    """Take the run folder for this process. -> the checkpoint to go on from. Nothing is deleted yet."""
     out = Path(s.out)
     checkpoint = latest_checkpoint(s) if s.resume else None
-    begun = latest_checkpoint(s) or (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size
+    files = [out / name for name in ("log.jsonl", "rollouts.jsonl", "summary.json")]
+    begun = latest_checkpoint(s) or any(path.exists() and path.stat().st_size for path in files)
     if s.resume and not checkpoint:
         say(f"--resume: {out} holds no checkpoint, so the run starts from the beginning")
     if begun and not (s.resume or s.overwrite):
@@ -89,14 +97,32 @@ def open_run(s: Settings) -> Path | None:
     barrier()  # every rank has looked
     if rank_and_world()[0] == 0:
         make_folder(out)
-        if not checkpoint:
-            for name in ("log.jsonl", "rollouts.jsonl", "summary.json", "curves.png"):
-                (out / name).unlink(missing_ok=True)
-        for folder in out.iterdir():  # half-written checkpoints, and all of them where the run starts over
-            if re.fullmatch(r"\.step_\d+" if checkpoint else r"\.?step_\d+", folder.name):
-                shutil.rmtree(folder)
-    barrier()
+        _locks[out] = _locks.get(out) or os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
+        except BlockingIOError:
+            fail(f"another process is writing to {out}: wait for it, or take another --out")
     return checkpoint
+
+
+_locks: dict[Path, int] = {}
+
+
+def clear_run(s: Settings, checkpoint: Path | None, step: int) -> list[dict]:
+    """Delete what this run does not go on from, once all that it needs is loaded. -> the rows of log.jsonl that stay"""
+    out = Path(s.out)
+    for path in out.iterdir():  # half-written checkpoints, and all of them where the run starts over
+        if re.fullmatch(r"\.step_\d+" if checkpoint else r"\.?step_\d+", path.name):
+            shutil.rmtree(path)
+        elif not checkpoint and path.name in ("log.jsonl", "rollouts.jsonl", "summary.json", "curves.png"):
+            path.unlink()
+    for path in (out / "rollouts.jsonl", out / "log.jsonl"):  # what was written after the checkpoint, and half a line
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] < step]
+        write_text(path, json_lines(rows))
+    if len(rows) < step:
+        say(f"{path} HAS ONLY {len(rows)} OF THE {step} STEPS of the checkpoint: somebody shortened it")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,15 +163,6 @@ def record_step(row: dict, rollouts: list[dict], log: list[dict], draw: bool, wa
     if not any(r["reward"] for r in rollouts):  # [D8]
         say(f"step {step}: NOT ONE ROLLOUT EARNED A REWARD ({row['truncated']:.0%} truncated, {row['unboxed']:.0%} "
             "without a boxed answer): try a longer --max_completion, --no-thinking, or easier problems")
-
-
-def cut_log(out: Path, step: int) -> list[dict]:
-    """Drop what a killed run wrote at or after `step`, and half a line. -> the rows of log.jsonl that stay"""
-    for path in (out / "rollouts.jsonl", out / "log.jsonl"):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] < step]
-        write_text(path, json_lines(rows))
-    return rows
 
 
 def start_wandb(s: Settings):

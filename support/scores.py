@@ -3,7 +3,7 @@ import collections
 import csv
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from support.basics import fail, read_json, say, write_json, write_text
@@ -104,13 +104,20 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(pad(cell, w) for pad, cell, w in zip(pads, row, widths)) + " |\n" for row in rows)
 
 
+def missing_samples(settings: dict, rows: Collection[dict]) -> int:
+    """How many samples an evaluation still lacks, by its settings.json."""
+    runs = {"aime24": settings["aime24_runs"]}
+    return sum(n * settings["K"] * runs.get(name, 1) for name, (n, _) in settings["problems"].items()) - len(rows)
+
+
 def report(out: Path) -> None:
     """Print and save table.md and summary.json, once every sample is there."""
     settings, rows = read_json(out / "settings.json"), read_samples(out).values()
     K, runs = settings["K"], {"aime24": settings["aime24_runs"]}
-    wanted = sum(n * K * runs.get(name, 1) for name, (n, _) in settings["problems"].items())
-    if len(rows) < wanted:
-        return say(f"{out} has {len(rows)} of {wanted} samples, no table yet. Its command without --regrade goes on")
+    if missing := missing_samples(settings, rows):
+        for name in ("summary.json", "table.md"):  # of samples that are gone
+            (out / name).unlink(missing_ok=True)
+        return say(f"{out} lacks {missing} samples, no table yet. Its command without --regrade goes on")
     scores = run_scores(grouped(rows, lambda row: row["benchmark"]), settings["problems"])
     lines = [[name, str(b.get("problems", "")), f"{runs.get(name, 1)} x {K}" if "problems" in b else "",
               show(b["accuracy"], b["se"]), show(b.get("pass_at_k")), show(b["length"], b["length_se"], 1),

@@ -61,6 +61,11 @@ def read_tokens(path: Path, names: tuple[str, ...] = tuple(MEASURED),
                 rest = {name: values[cut:] for name, values in rest.items()}
 
 
+def check_numbers(o: argparse.Namespace, R: int) -> None:
+    if o.show is not None and not 0 <= o.show < R or any(number >= R for number, *_ in o.windows):
+        fail(f"--show and --windows: there are rollouts 0 to {R - 1}")
+
+
 def statistics(path: Path, derive: Derive, context: dict, o: argparse.Namespace, s: Settings) -> dict:
     """What summary.json holds beside the control, in two passes over the file. Without context.json `context` is {}."""
     text = {int(i): piece for i, piece in context.get("token_text", {}).items()}
@@ -120,8 +125,7 @@ def statistics(path: Path, derive: Derive, context: dict, o: argparse.Namespace,
                               for pair, row in zip(pairs, shares)]
     # to show: the two rollouts of readable length in which the rarest of lock, fork and pivot is most frequent
     shown = np.argsort(-count[:, :3].min(1) * (count.sum(1) <= 1024), kind="stable")[:2].tolist()
-    if o.show is not None and not 0 <= o.show < R or any(number >= R for number, *_ in o.windows):
-        fail(f"--show and --windows: there are rollouts 0 to {R - 1}")
+    check_numbers(o, R)
     summary["shown"] = shown if o.show is None else [o.show] + [i for i in shown if i != o.show][:1]
     # plain numbers; what is not finite becomes None
     return json.loads(json.dumps(summary, default=lambda value: value.tolist()), parse_constant=lambda name: None)
@@ -168,7 +172,8 @@ def reads_reference(own: np.ndarray, other: np.ndarray, rollout: np.ndarray, cor
     """The control: (N,) delta under the own and under another problem's reference, on the same tokens, and a verdict.
 
     What only the presence of a reference changes cancels in own - other. Where result tokens are known and both
-    outcomes exist, right ones must gain more than wrong ones; else the tokens of right completions must gain.
+    outcomes exist, right ones must gain more than wrong ones; else the tokens of right completions must gain. The
+    verdict is NO where the gain is at most a tenth of mean |delta|, UNDECIDED where the interval is wider than that.
     """
     rows, R = {}, len(correct)
     for name, chosen in (("result tokens", result), ("all tokens", np.ones(len(own), bool))):
@@ -191,8 +196,12 @@ def reads_reference(own: np.ndarray, other: np.ndarray, rollout: np.ndarray, cor
     key = next((key for key in keys if key in rows), None)
     if key is None:
         return {"table": rows, "verdict": "UNDECIDED: not one completion is right, so that none must gain."}
+    scale = float(np.abs(own[result] if "result" in key else own).mean())  # of the evidence on these tokens
     word = ("YES, the teacher reads the reference" if rows[key]["low"] > 0 else
-            "NO, the teacher does not read the reference, and every other figure here is meaningless")
+            "NO, the teacher does not read the reference, and every other figure here is meaningless"
+            if rows[key]["high"] < 0.1 * scale else
+            f"UNDECIDED: {int(correct.sum())} right and {R - int(correct.sum())} wrong completions do not tell; take "
+            "more (--limit)")
     return {"table": rows, "verdict": f"{word}. From another problem's reference to the problem's own, delta moves by "
             f"{rows[key]['mean']:+.3f} nats a token on {key} (95 % interval {rows[key]['low']:+.3f} to "
             f"{rows[key]['high']:+.3f}); a teacher that only notices that there is a reference would show 0."}
