@@ -4,7 +4,7 @@ See what the gate does, token by token: sections 4.1 and 5.5, Figures 3, 4, A1 a
     python diagnostics.py --preset tiny                                             # sample, measure, draw
     python diagnostics.py --model M --adapter RUN/step_100 --data FILE --gamma 0.3 --W 5 --out DIR
     python diagnostics.py --rollouts RUN/rollouts.jsonl                             # what a run trained on
-    python diagnostics.py --samples samples.jsonl --model M --adapter RUN/step_100  # of eval.py --save_ids
+    python diagnostics.py --samples evals/x/samples.jsonl                           # of eval.py --save_ids
     python diagnostics.py --tokens DIR/tokens.npz --gamma 1                         # other settings, without a model
     python diagnostics.py --selftest                                                # Appendix C, numerically
 

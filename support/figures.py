@@ -117,13 +117,13 @@ def token_ticks(axis, one: dict, a: int, b: int) -> None:
 
 
 def draw_trace(one: dict, number: int):
-    """Figure A3: the whole completion, and zooms into it: a long certain span and, apart from it, two steep pivots."""
+    """Figure A3: the whole completion, and zooms: its longest certain span and, apart from it, two steep pivots."""
     figure, axes = canvas(2, 1, 12, 6.4)
     T, rise = len(one["H_hat"]), (one["H_hat"] - one["H_hat_CL"]) * (one["regime"] == REGIMES.index("pivot"))
-    first = int(rise.argmax())
-    second = int(np.where(np.abs(np.arange(T) - first) > 16, rise, -1).argmax())
-    apart = lambda run: min(abs(sum(run) // 2 - first), abs(sum(run) // 2 - second)) > 16  # noqa: E731
-    certain = max(runs_of(one["regime"] == 0), key=lambda run: (apart(run), run[1] - run[0]), default=(0, 0))
+    zooms = [sum(max(runs_of(one["regime"] == 0), key=lambda run: run[1] - run[0], default=(0, 0))) // 2]
+    for _ in range(2):  # windows of 17 tokens that do not overlap, where the completion is long enough
+        apart = np.abs(np.arange(T)[:, None] - zooms).min(1) > 16
+        zooms.append(int(np.where(apart, rise, rise - 2).argmax()))
     top = axes[0, 0]
     top.plot(one["H_hat"], color="#222222", linewidth=0.9, label="entropy / batch maximum")
     top.plot(envelope(one["H_hat"], max(5, T // 40)), color="#E69F00", linewidth=2, label="smoothed envelope")
@@ -133,7 +133,7 @@ def draw_trace(one: dict, number: int):
     top.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     below = figure.add_subfigure(axes[1, 0].get_subplotspec()).subplots(1, 3, sharey=True)
     axes[1, 0].remove()
-    for axis, (name, t) in zip(below, [("lock", sum(certain) // 2), ("pivot", first), ("pivot", second)]):
+    for axis, (name, t) in zip(below, zip(("lock", "pivot", "pivot"), zooms)):
         a = max(0, min(t - 8, T - 17))
         b = min(T, a + 17)
         axis.plot(range(a, b), one["H_hat"][a:b], color="#222222", marker="o", markersize=3)

@@ -15,9 +15,11 @@ def canvas(rows: int, columns: int, width: float, height: float, **how: object):
 
 
 def log_scale(axis) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
     axis.set_yscale("log")
-    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        set_formatter("{x:g}")  # the default writes mathematics, which canvas() switches off
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")  # the default writes mathematics, which canvas() switches off
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(path: Path, figure, dpi: int = 110) -> None:
