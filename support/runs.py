@@ -102,10 +102,12 @@ def open_run(s: Settings) -> Path | None:
             fcntl.flock(_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
         except BlockingIOError:
             fail(f"another process is writing to {out}: wait for it, or take another --out")
+        except OSError:  # a file system without locks
+            pass
     return checkpoint
 
 
-_locks: dict[Path, int] = {}
+_locks: dict[Path, int] = {}  # the folder's open descriptor, which holds the lock
 
 
 def clear_run(s: Settings, checkpoint: Path | None, step: int) -> list[dict]:
