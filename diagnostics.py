@@ -134,7 +134,8 @@ def sampled_rows(model, tokenizer, o: argparse.Namespace, s: Settings, device: t
 def give_advantages(rows: list[dict], s: Settings) -> str:
     """Where no run gave any: (r - mean) / std over the set, and batches of 32 (D15); -> where they come from."""
     L_max = max(s.max_completion, *(len(row["completion_ids"]) for row in rows))
-    r = np.array([shaped_reward(row["correct"], len(row["completion_ids"]), L_max, s.beta_L) for row in rows])
+    r = np.array([row["reward"] if "reward" in row else
+                  shaped_reward(row["correct"], len(row["completion_ids"]), L_max, s.beta_L) for row in rows])
     spread = r.std(ddof=1) if len(r) > 1 else 0.0
     for i, row in enumerate(rows):
         row |= {"advantage": float((r[i] - r.mean()) / (spread if spread >= 1e-6 else 1.0)), "batch": i // 32}

@@ -48,7 +48,7 @@ from support.basics import (HERE, barrier, ending_together, fail, first_wrong, g
 from support.data import encode_prompt, epoch_order, fill, load_held_out, load_problems, read_completion
 from support.engines import (Draw, choose_engine, end_tokens, hf_generate, kv_cache_bytes, rollout_seed, sample,
                              start_vllm, tensor_parallel, vllm_generate)
-from support.grading import Grade, extract_answer, grade_completions  # noqa: F401  two of them for who imports egrsd
+from support.grading import Grade, extract_answer, grade_completions  # noqa: F401  extract_answer: for importers
 from support.models import (add_adapter, check_head, check_place, head_of, hidden_states, load_base, load_tokenizer,
                             trainable)
 from support.runs import (PHASES, clear_run, latest_checkpoint, load_checkpoint, log_row, memory_estimate, open_run,
@@ -188,6 +188,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 
 def _check(name: str, value: Tensor, shape: tuple[int | str, ...] | torch.Size, mask: Tensor | None = None) -> None:
+    """A ValueError that names `value` unless it has this shape ("B" and "T" are any size), and no NaN under `mask`."""
     if value.ndim != len(shape) or any(want not in (n, "B", "T") for want, n in zip(shape, value.shape)):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
     if (value if mask is None else value[mask.bool()]).isnan().any():
@@ -486,7 +487,8 @@ def roll_out(draw: Draw, batch: list[dict], tokenizer, ends: list[int], step: in
 def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grade]]:
     """THE PLACE TO SWAP THE REWARD: rollouts (graded_text, answer, completion_ids, ...) -> (r, what to log) of each.
 
-    Only r trains; the Grade (correct, answer, status) is for the log.
+    Only r trains; the Grade (correct, answer, status) is for the log. Steps 0 to 9 subtract 0.5 from r, which suits
+    rewards between 0 and 1.5: see RewardStats.advantages. For plain correctness --beta_L 0 is enough.
     """
     grades = grade_completions([r["graded_text"] for r in rollouts], [r["answer"] for r in rollouts])
     return [(shaped_reward(grade.correct, len(r["completion_ids"]), s.max_completion, s.beta_L), grade)

@@ -143,7 +143,7 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        found["commit"] = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
+        found["commit"] = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=HERE, text=True,
                                                   stderr=subprocess.DEVNULL).strip()
     return found
 

@@ -38,7 +38,7 @@ def load_problems(source: str, s: Settings, option: str = "--data") -> list[dict
         column[field] = next((name for name in table.column_names if name.lower() == wanted.lower()), None)
         if not column[field]:
             fail(f"{option} {source} has no column {wanted!r}; it has {', '.join(table.column_names) or 'none'}. Name "
-                 f"the right one with --{field}_column")
+                 f"the right one with --{field}_column (of --data and of --eval_data; --eval_data= does without)")
     text = lambda value: "" if value is None else str(value).strip()  # noqa: E731
     rows = [{"id": str(row.get("id", n)), **{field: text(row[name]) for field, name in column.items()}}
             for n, row in enumerate(table)]
