@@ -36,7 +36,8 @@ from support.data import encode_prompt, fill, load_problems
 from support.engines import (choose_engine, end_tokens, hf_generate, kv_cache_bytes, sample, start_vllm,
                              vllm_generate)
 from support.figures import draw_all
-from support.models import add_adapter, check_adapter, check_head, head_of, load_base, load_tokenizer, use_student
+from support.models import (adapter_fingerprint, add_adapter, check_adapter, check_head, head_of, load_base,
+                            load_tokenizer, use_student)
 from support.pages import microscope, verdict_of, write_report
 from support.token_stats import (MEASURED, check_numbers, follows, reads_reference, shown_rollouts, statistics,
                                  token_texts)
@@ -81,6 +82,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         saved = read_json(source.parent / "settings.json", {})
         shared = ("preset", "model", "adapter", "student_prompt", "thinking")
         saved = {key: saved[key] for key in shared if key in saved}
+    o.drawn_with = source.parent / "settings.json" if o.samples and o.adapter is None else None
     o.adapter = (saved.get("adapter") if o.adapter is None else o.adapter) or ""
     known = {f.name for f in dataclasses.fields(Settings)} - {"out", "resume", "overwrite", "wandb"}
     s = parse_settings([f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k}={v}"
@@ -166,6 +168,9 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
     check_head(base, s)
     if o.adapter:
         check_adapter(o.adapter, s.model, base)
+        drawn = (o.drawn_with and read_json(o.drawn_with, {}).get("adapter_weights") or "").split()[:1]
+        if drawn and drawn != adapter_fingerprint(Path(o.adapter)).split()[:1]:
+            fail(f"{o.adapter} is not the adapter that drew {o.samples} ({o.drawn_with}): name that one with --adapter")
     model = add_adapter(base, s)
     use_student(model, o.adapter)
     rows = rows or sampled_rows(model, tokenizer, o, s, device)

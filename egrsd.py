@@ -44,7 +44,7 @@ from torch import Tensor
 
 from support.basics import (HERE, barrier, ending_together, fail, first_wrong, gather, installed, make_parser, opt,
                             progress, rank_and_world, read_json, reduce_, say, start_processes, stop_on_signals,
-                            write_json)
+                            write_json, write_text)
 from support.data import encode_prompt, epoch_order, fill, load_held_out, load_problems, read_completion
 from support.engines import (Draw, choose_engine, end_tokens, hf_generate, kv_cache_bytes, rollout_seed, sample,
                              start_vllm, tensor_parallel, vllm_generate)
@@ -656,23 +656,25 @@ def train(s: Settings) -> None:
     stats, log = RewardStats(), []
     start, position = load_checkpoint(checkpoint, model, optimizer, stats) if checkpoint else (0, 0)
     summary = read_json(out / "summary.json", {}) if checkpoint else {}
-    if checkpoint and start >= s.steps and ("after" in summary or not held_out):
+    if checkpoint and start >= s.steps and (summary.get("steps") == start or not held_out):
         say(f"{out} is finished, with {start} steps. --steps N goes further, another --out starts anew")
         return
 
     engine, why = choose_engine(s, device)
     tp = tensor_parallel(s, model.config) if engine == "vllm" else 1
     batch, _, _ = next_problems(problems, tokenizer, s, position)  # to show and to probe with; the loop draws it again
-    if rank0:
-        log = clear_run(s, checkpoint, start)
-        show_start(s, batch[0], tokenizer, f"{engine} ({why})", device, tp,
-                   memory_estimate(model, s, engine, device, tp, VOCAB_TILE))
+    files = show_start(s, batch[0], tokenizer, f"{engine} ({why})", device, tp,
+                       memory_estimate(model, s, engine, device, tp, VOCAB_TILE)) if rank0 else {}
     draw, push = start_engine(s, model, ends, device, engine, tp)
     if engine == "vllm":
         few = [row["prompt_ids"] for row in batch[: max(8, rank_and_world()[1])]]
         say(probe_engine(draw, push, model, few, s))
+    if rank0:  # not before: an engine that does not start must not cost the run that was there
+        log = clear_run(s, checkpoint, start)
+        for name, text in files.items():
+            write_text(out / name, text)
     push()  # what step `start` rolls out with
-    if held_out and "before" not in summary:
+    if held_out and "before" not in summary and not start:  # later it would be the trained adapter's
         summary["before"] = evaluate("before", held_out, draw, tokenizer, ends, s)
         if rank0:
             write_json(out / "summary.json", summary)
@@ -723,11 +725,11 @@ def train(s: Settings) -> None:
     if held_out:
         summary["after"] = evaluate("after", held_out, draw, tokenizer, ends, s)
         say("\n          accuracy   length")
-        for when in ("before", "after"):
+        for when in [when for when in ("before", "after") if when in summary]:
             say(f"{when:<8} {summary[when]['accuracy']:>7.1f} % {summary[when]['length']:>8.1f}")
     if rank0:
         phases = {name: round(sum(row["seconds"][name] for row in log), 1) for name in PHASES}
-        write_json(out / "summary.json", {**summary, "steps": s.steps,
+        write_json(out / "summary.json", {**summary, "steps": max(start, s.steps),
                                           "seconds": {**phases, "total": round(time.perf_counter() - began, 1)}})
     if s.steps:
         say(f"adapter {latest_checkpoint(s)}, log {out}/log.jsonl, curves {out}/curves.png")

@@ -919,6 +919,7 @@ def test_vllm_trains_like_transformers_with_one_process_and_with_two_sharing_an_
     for name, nproc, options in (("one", 0, ()), ("two", 2, ()), ("apart", 2, ("--rollout_tp", 1))):
         output = run(*SMALL, "--steps", 3, "--rollout", "vllm", *options, "--out", tmp_path / name, nproc=nproc)
         assert "a random adapter reached the engine" in output and "engine=vllm (asked for)" in output
+        assert "Traceback" not in output  # the engine's end included
         about = json.loads((tmp_path / name / "versions.json").read_text())
         assert about["tensor_parallel"] == (2 if name == "two" else 1)
         logs[name] = read_log(tmp_path / name)
@@ -1132,7 +1133,16 @@ def test_overwrite_deletes_nothing_until_the_new_run_can_start(uninterrupted, tm
     out = shutil.copytree(uninterrupted, tmp_path / "run")
     for wrong in (("--data", "nowhere.jsonl"), ("--lora_targets", "c_attn")):
         run(*SMALL, *wrong, "--out", out, "--overwrite", code=1)
+    run(*SMALL, "--lora_targets", "q_proj", "--rollout", "vllm", "--rollout_tp", 7, "--out", out, "--overwrite", code=1)
     assert_same_run(out, uninterrupted)
+
+
+def test_a_damaged_line_of_the_log_and_settings_that_are_no_settings_are_named(uninterrupted, tmp_path) -> None:
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    (out / "log.jsonl").write_text("{oops\n" + (out / "log.jsonl").read_text())
+    assert "log.jsonl is damaged" in run("--resume", "--steps", 8, "--out", out, code=1)
+    (out / "settings.json").write_text("[]")
+    assert "settings.json is damaged" in run("--resume", "--out", out, code=1)
 
 
 @pytest.mark.parametrize("name", ["settings.json", "step_6/trainer.json", "step_6/trainer.safetensors",

@@ -566,7 +566,7 @@ def test_samples_without_settings_or_fewer_than_the_summary_says_are_refused(bas
     (lambda f: edit_weights(f, lambda k, t: None if "layers.1" in k else t), "layers.1.* is missing"),
     (lambda f: edit_config(f, r=4), "of another shape"), (lambda f: edit_config(f, use_dora=True), "no plain LoRA"),
     (lambda f: edit_config(f, peft_type="IA3"), "no plain LoRA"),
-    (lambda f: (f / "adapter_config.json").write_text("[]"), "cannot be read .TypeError"),
+    (lambda f: (f / "adapter_config.json").write_text("[]"), "is damaged .no JSON object"),
     (lambda f: add_weights(f), "no part of a LoRA adapter"),
     (lambda f: edit_config(f, base_model_name_or_path="Qwen/Qwen3-8B"), "was trained on Qwen/Qwen3-8B, not on --model"),
 ])
@@ -758,7 +758,7 @@ def test_vllm_serves_the_adapter(tmp_path: Path, adapter: Path) -> None:
     greedy = ["--preset", "tiny", "--limit", "16", "--K", "1", "--temperature", "0", "--adapter", str(adapter)]
     command = [sys.executable, str(HERE / "eval.py"), *greedy, "--engine", "vllm", "--out", str(tmp_path / "vllm")]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]  # the engine's end included
     ev.main([*greedy, "--out", str(tmp_path / "hf")])
     ev.main([*greedy[:-2], "--out", str(tmp_path / "base")])
     vllm, hf, base = (rows_of(tmp_path / name) for name in ("vllm", "hf", "base"))

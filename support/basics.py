@@ -82,7 +82,8 @@ def ending_together() -> Iterator[None]:
         yield
         if dist.is_initialized():
             barrier()
-            dist.destroy_process_group()  # left to the end of the interpreter, its threads now and then abort it
+            if "vllm" not in sys.modules:  # whose engine destroys it, and all of its own groups, when it ends
+                dist.destroy_process_group()  # left to the end of the interpreter, its threads now and then abort it
     except BaseException as error:
         if rank_and_world()[1] == 1 or isinstance(error, SystemExit) and not error.code:
             raise
@@ -206,9 +207,12 @@ def read_json(path: Path, default: object = None) -> dict:
     if default is not None and not path.exists():
         return default
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
         fail(f"{path} is damaged ({first_line(error)})")
+    if not isinstance(value, dict):
+        fail(f"{path} is damaged (no JSON object)")
+    return value
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:

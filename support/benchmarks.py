@@ -28,17 +28,17 @@ FREE = {"preset", "model", "adapter", "training", "data_dir", "tp", "gpu_memory"
 def load_benchmark(name: str, e: EvalSettings) -> list[dict[str, str]]:
     """[{id, problem, solution, answer}]; `solution` may be empty. Exits with a sentence if a problem has no answer."""
     source, config, split = (f"{e.data_dir}/{name}.jsonl", None, None) if e.data_dir else BENCHMARKS[name]
-    try:
-        if split:
-            import datasets
-            with first_rank_first():
+    with first_rank_first():  # outside of the try: when rank 0 has failed, its siblings' wait ends with an exception
+        try:
+            if split:
+                import datasets
                 table = list(datasets.load_dataset(source, config, split=split))
-        else:
-            table = [json.loads(line) for line in Path(source).read_text("utf-8").split("\n") if line.strip()]
-        table = [{k.lower(): "" if value is None else str(value).strip() for k, value in row.items()} for row in table]
-    except Exception as error:  # datasets raises a dozen types; each means that there is nothing to evaluate on
-        fail(f"{name}: {source} cannot be read ({type(error).__name__}: {str(error)[:200]}). --data_dir takes a folder "
-             f"with a {name}.jsonl")
+            else:
+                table = [json.loads(line) for line in Path(source).read_text("utf-8").split("\n") if line.strip()]
+            table = [{k.lower(): "" if v is None else str(v).strip() for k, v in row.items()} for row in table]
+        except Exception as error:  # datasets raises a dozen types; each means that there is nothing to evaluate on
+            fail(f"{name}: {source} cannot be read ({type(error).__name__}: {str(error)[:200]}). --data_dir takes a "
+                 f"folder with a {name}.jsonl")
     problems = []
     for n, row in enumerate(table):  # data sets differ in their columns, and GSM8K's answers end "... #### 1,234"
         worked, mark, gold = row.get("answer", "").rpartition("####")

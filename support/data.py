@@ -22,16 +22,16 @@ def load_problems(source: str, s: Settings, option: str = "--data") -> list[dict
         fail(f"{option} {source} " + ("is empty" if kind else "is no .json, .jsonl or .parquet file"))
     if kind and not Path(source).is_file():
         fail(f"{option} {source}: there is no such file")
-    try:
-        local = {"path": kind, "data_files": source, "split": "train"}
-        with first_rank_first():
+    local = {"path": kind, "data_files": source, "split": "train"}
+    with first_rank_first():  # outside of the try: when rank 0 has failed, its siblings' wait ends with an exception
+        try:
             table = datasets.load_dataset(**(local if kind else {"path": source, "split": s.split}))
-    except Exception as error:  # datasets raises a dozen types; each means that there is nothing to train on
-        cause = error.__cause__ or error
-        if "corresponds to no data" in str(error):
-            fail(f"{option} {source} is empty")
-        fail(f"{option} {source} cannot be read ({type(cause).__name__}: {first_line(cause)}). It takes a hub id, or a "
-             ".json, .jsonl or .parquet file with one problem a row")
+        except Exception as error:  # datasets raises a dozen types; each means that there is nothing to train on
+            cause = error.__cause__ or error
+            if "corresponds to no data" in str(error):
+                fail(f"{option} {source} is empty")
+            fail(f"{option} {source} cannot be read ({type(cause).__name__}: {first_line(cause)}). It takes a hub id, "
+                 "or a .json, .jsonl or .parquet file with one problem a row")
     column = {}
     for field in ("problem", "solution", "answer"):
         wanted = getattr(s, f"{field}_column")

@@ -149,9 +149,10 @@ atexit.register(lambda: [worker.kill() for worker in _workers])
 def _start_worker() -> subprocess.Popen:
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     program = "from support.grading import grader_worker; grader_worker()"
-    worker = subprocess.Popen([sys.executable, "-c", program], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
-                              process_group=0)  # Ctrl-C and SIGTERM are the trainer's business
+    # -P: whatever the working directory holds; a process group: Ctrl-C and SIGTERM are the trainer's business
+    worker = subprocess.Popen([sys.executable, "-P", "-c", program], text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              env={**os.environ, "PYTHONPATH": path}, process_group=0)
     _workers[worker] = False
     return worker
 

@@ -197,7 +197,7 @@ def training_settings(adapter: Path) -> dict:
 
 def use_student(model, folder: str) -> None:
     """Make the adapter in `folder` the student; '' is the base model (a fresh adapter, which changes nothing)."""
-    name = re.sub(r"\W", "_", folder) or "default"
+    name = re.sub(r"\W", "_", f"student {folder}") if folder else "default"
     if name not in model.peft_config:
         model.load_adapter(folder, name)
     model.set_adapter(name)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from support.basics import (append_lines, barrier, fail, first_line, json_lines, make_folder, rank_and_world, read_json,
-                            say, versions, write_beside, write_json, write_text)
+                            say, versions, write_beside, write_text)
 from support.engines import kv_cache_bytes
 from support.models import trainable
 from support.plots import canvas, log_scale, save_figure
@@ -73,9 +73,9 @@ def load_checkpoint(folder: Path, model, optimizer: torch.optim.Optimizer, stats
     try:
         state, tensors = read_json(folder / "trainer.json"), load_file(folder / "trainer.safetensors")
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    except (OSError, SafetensorError) as error:
+        torch.set_rng_state(tensors.pop("torch_random_state"))
+    except (OSError, KeyError, SafetensorError) as error:
         fail(f"{folder} is damaged ({first_line(error)}). Delete it: --resume goes on from the checkpoint before it")
-    torch.set_rng_state(tensors.pop("torch_random_state"))
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
         p = trainable(model)[name]
@@ -113,14 +113,20 @@ _locks: dict[Path, int] = {}  # the folder's open descriptor, which holds the lo
 def clear_run(s: Settings, checkpoint: Path | None, step: int) -> list[dict]:
     """Delete what this run does not go on from, once all that it needs is loaded. -> the rows of log.jsonl that stay"""
     out = Path(s.out)
-    for path in out.iterdir():  # half-written checkpoints, and all of them where the run starts over
-        if re.fullmatch(r"\.step_\d+" if checkpoint else r"\.?step_\d+", path.name):
-            shutil.rmtree(path)
-        elif not checkpoint and path.name in ("log.jsonl", "rollouts.jsonl", "summary.json", "curves.png"):
-            path.unlink()
+    if not checkpoint:  # all of the old run is out of sight before the slow part: --resume must not go on with a rest
+        for path in [path for path in out.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]:
+            shutil.rmtree(path.with_name(f".{path.name}"), ignore_errors=True)
+            path.rename(path.with_name(f".{path.name}"))
+        for name in ("settings.json", "summary.json", "log.jsonl", "rollouts.jsonl", "curves.png"):
+            (out / name).unlink(missing_ok=True)
+    for path in [path for path in out.glob(".step_*") if re.fullmatch(r"\.step_\d+", path.name)]:
+        shutil.rmtree(path)  # half-written ones too
     for path in (out / "rollouts.jsonl", out / "log.jsonl"):  # what was written after the checkpoint, and half a line
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] < step]
+        try:
+            rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] < step]
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"{path} is damaged: a line is no step ({first_line(error)}). Mend it, or start anew with --overwrite")
         write_text(path, json_lines(rows))
     if len(rows) < step:
         say(f"{path} HAS ONLY {len(rows)} OF THE {step} STEPS of the checkpoint: somebody shortened it")
@@ -213,19 +219,19 @@ def memory_estimate(model, s: Settings, engine: str, device: torch.device, tp: i
     return {name: round(size / 2**30, 2) for name, size in [*parts.items(), ("sum", sum(parts.values()))]}
 
 
-def show_start(s: Settings, row: dict, tokenizer, engine: str, device: torch.device, tp: int, memory: dict) -> None:
-    """Both decoded prompts, settings, versions, engine, device and estimated memory: on the screen, and in files."""
+def show_start(s: Settings, row: dict, tokenizer, engine: str, device: torch.device, tp: int,
+               memory: dict) -> dict[str, str]:
+    """Both decoded prompts, settings, versions, engine, device and estimated memory, on the screen. -> name: file"""
     prompts = "".join(f"--- {who} prompt, {len(row[key])} tokens ---\n{tokenizer.decode(row[key])}\n"
                       for who, key in (("student", "prompt_ids"), ("teacher", "teacher_ids")))
     about = {**versions(), "engine": engine, "tensor_parallel": tp, "processes": rank_and_world()[1],
              "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
              "threads": torch.get_num_threads()}
-    write_json(Path(s.out) / "settings.json", dataclasses.asdict(s))
-    write_json(Path(s.out) / "versions.json", about)
-    (Path(s.out) / "prompts.txt").write_text(prompts)
     say(prompts.rstrip())
     shown = {"settings": dataclasses.asdict(s), "versions": about, "GiB a process, estimated": memory}
     for title, values in shown.items():
         say(f"--- {title} ---\n" + "  ".join(f"{k}={v}" for k, v in values.items() if not k.endswith("_prompt")))
     if device.type == "cuda" and memory["sum"] > torch.cuda.mem_get_info()[1] / 2**30 - 5:  # 5: context, graphs, NCCL
         say("THIS MAY NOT FIT into the GPU's memory: lower --micro_batch_tokens, or add --gradient_checkpointing")
+    return {"settings.json": json.dumps(dataclasses.asdict(s), indent=2) + "\n",
+            "versions.json": json.dumps(about, indent=2) + "\n", "prompts.txt": prompts}
