@@ -30,7 +30,7 @@ from egrsd import (Settings, completion_hidden, confidence_gate, evidence_magnit
                    lookahead_min, micro_batches, parse_settings, roll_out, shaped_reward, teacher_pass,
                    token_advantages)
 from support.basics import (fail, first_wrong, make_folder, progress, rank_and_world, read_json, start_processes,
-                            write_json)
+                            write_json, write_text)
 from support.completions import check_rows, eval_rows, give_prompts, give_references, run_rows
 from support.data import encode_prompt, fill, load_problems
 from support.engines import (choose_engine, end_tokens, hf_generate, kv_cache_bytes, sample, start_vllm,
@@ -39,6 +39,7 @@ from support.figures import draw_all
 from support.models import (adapter_fingerprint, add_adapter, check_adapter, check_head, head_of, load_base,
                             load_tokenizer, use_student)
 from support.pages import microscope, verdict_of, write_report
+from support.plots import save_figure
 from support.token_stats import (MEASURED, check_numbers, follows, reads_reference, shown_rollouts, statistics,
                                  token_texts)
 
@@ -298,10 +299,10 @@ def main(argv: list[str] | None = None) -> None:
     logs = o.log or beside  # the rollouts alone are enough for all else
     pictures = draw_all(summary, shown, logs, o, s)
     for name, _, _, figure in pictures:
-        figure.savefig(out / name, dpi=110)
+        save_figure(out / name, figure)
     write_report(out, summary, context, pictures, s)
     problem = context["rollouts"][number]["problem"] if "rollouts" in context else ""
-    (out / "microscope.html").write_text(microscope(shown[number], number, problem, o, s))
+    write_text(out / "microscope.html", microscope(shown[number], number, problem, o, s))
     write_json(out / "summary.json", {"control": context.get("control"), "advantages": context.get("advantages"),
                                       "settings": dataclasses.asdict(s), **summary})
     print(f"report: {out}/report.html   microscope: {out}/microscope.html   arrays: {path}")

@@ -156,7 +156,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     s = Settings(**{**vars(parser.parse_args(argv)), "out": out})
     world = rank_and_world()[1]
     changed = [f"--{key} {getattr(s, key)!r} (it has {value!r})" for key, value in run.items()
-               if key not in FREE_ON_RESUME and getattr(s, key) != value]
+               if key not in FREE_ON_RESUME and getattr(s, key) != value and latest_checkpoint(s)]
     first_wrong([
         (changed, f"--resume goes on with the settings of {saved}; these differ: {'; '.join(changed)}. Leave them out, "
                   "or start a new run in another --out"),
@@ -437,34 +437,6 @@ def start_engine(s: Settings, model, ends: list[int], device: torch.device, engi
     return functools.partial(sample, generate, tp), push
 
 
-def probe_engine(draw: Draw, push: Callable[[], None], model, prompts: list[list[int]], s: Settings) -> str:
-    """Prove that pushes arrive: with a random adapter the engine must agree with the trainer, and not with the base.
-
-    train() compares the engine's log-probabilities with the trainer's at each step (the canary), but early updates are
-    tiny: a push that gets lost would show there only many steps later.
-    """
-    kept = {name: p.detach().clone() for name, p in trainable(model).items()}
-    noise = torch.Generator().manual_seed(s.seed)
-    for name, p in trainable(model).items():
-        if "lora_B" in name:
-            p.data.copy_(0.02 * torch.randn(p.shape, generator=noise))
-    push()
-    drawn = draw(prompts, [*range(len(prompts))], temperature=1.0, top_p=1.0, top_k=0, max_new=16)
-    engine_logp = torch.tensor(sum((logps for _, logps in drawn), []), device=model.device)  # (N,)
-    distance = []
-    for adapter in (contextlib.nullcontext(), model.disable_adapter()):
-        with torch.no_grad(), adapter:
-            hidden, y = completion_hidden(model, prompts, [ids for ids, _ in drawn])
-        logp, _ = logprob_and_entropy(hidden, head_of(model), y, s.head_chunk)
-        distance.append((logp - engine_logp).abs().mean().item())
-    for name, p in trainable(model).items():
-        p.data.copy_(kept[name])
-    if not distance[0] < 0.5 * distance[1]:
-        fail("the rollout engine does not use the adapter that was pushed: with a random one its log-probabilities are "
-             f"{distance[0]:.2g} nats from the trainer's and {distance[1]:.2g} from the base model's. Try --rollout hf")
-    return f"a random adapter reached the engine: {distance[0]:.0e} nats from trainer, {distance[1]:.0e} from base"
-
-
 def roll_out(draw: Draw, batch: list[dict], tokenizer, ends: list[int], step: int | str, s: Settings,
              offset: int = 0, **how: object) -> list[dict]:
     """Sample and grade a completion for each row of `batch`. -> rollouts, on every rank, numbered from `offset` on.
@@ -620,6 +592,34 @@ def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, f
     figures["delta_right"] = total["delta_right"] / right if right else None  # None: there is no such token
     figures["delta_wrong"] = total["delta_wrong"] / (M - right) if right < M else None
     return {**figures, "loss": total["loss"], "entropy_max": H_max.item()}
+
+
+def probe_engine(draw: Draw, push: Callable[[], None], model, prompts: list[list[int]], s: Settings) -> str:
+    """Prove that pushes arrive: with a random adapter the engine must agree with the trainer, and not with the base.
+
+    train() compares the engine's log-probabilities with the trainer's at each step (the canary), but early updates are
+    tiny: a push that gets lost would show there only many steps later.
+    """
+    kept = {name: p.detach().clone() for name, p in trainable(model).items()}
+    noise = torch.Generator().manual_seed(s.seed)
+    for name, p in trainable(model).items():
+        if "lora_B" in name:
+            p.data.copy_(0.02 * torch.randn(p.shape, generator=noise))
+    push()
+    drawn = draw(prompts, [*range(len(prompts))], temperature=1.0, top_p=1.0, top_k=0, max_new=16)
+    engine_logp = torch.tensor(sum((logps for _, logps in drawn), []), device=model.device)  # (N,)
+    distance = []
+    for adapter in (contextlib.nullcontext(), model.disable_adapter()):
+        with torch.no_grad(), adapter:
+            hidden, y = completion_hidden(model, prompts, [ids for ids, _ in drawn])
+        logp, _ = logprob_and_entropy(hidden, head_of(model), y, s.head_chunk)
+        distance.append((logp - engine_logp).abs().mean().item())
+    for name, p in trainable(model).items():
+        p.data.copy_(kept[name])
+    if not distance[0] < 0.5 * distance[1]:
+        fail("the rollout engine does not use the adapter that was pushed: with a random one its log-probabilities are "
+             f"{distance[0]:.2g} nats from the trainer's and {distance[1]:.2g} from the base model's. Try --rollout hf")
+    return f"a random adapter reached the engine: {distance[0]:.0e} nats from trainer, {distance[1]:.0e} from base"
 
 
 def find_culprits(model, rollouts: list[dict], s: Settings) -> list[str]:

@@ -1111,6 +1111,10 @@ def test_a_run_is_not_overwritten_and_resume_keeps_its_settings(uninterrupted, t
         egrsd.parse_settings(["--resume", "--out", str(out), "--lr", "0.1"])
     assert "--lr 0.1 (it has 0.002)" in capsys.readouterr().err
     assert egrsd.parse_settings(["--resume", "--out", str(out), "--steps", "9"]).steps == 9
+    for folder in out.glob("step_*"):  # with no checkpoint there is nothing to go on from: what is said now counts
+        shutil.move(folder, tmp_path)
+    assert egrsd.parse_settings(["--resume", "--out", str(out), "--lr", "0.1"]).lr == 0.1
+    shutil.move(tmp_path / "step_6", out)
     output = run(*SMALL, "--steps", 1, "--out", out, "--overwrite")
     assert len(read_log(out)) == 1 and (out / "step_1").is_dir() and not (out / "step_6").exists()
     assert "student prompt" in output
@@ -1127,6 +1131,17 @@ def test_a_run_is_refused_in_a_folder_that_holds_anything_of_a_run_or_that_anoth
     process.kill()
     process.wait()
     assert len({row["step"] for row in read_log(tmp_path / "b")}) == lines(tmp_path / "b" / "log.jsonl")
+
+
+def test_a_run_killed_before_its_first_step_is_resumed_with_its_settings(tmp_path) -> None:
+    process = start(*SMALL, "--steps", 1, "--lr", 1e-3, "--out", tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run" / "settings.json").exists(), process)  # written before a model is loaded
+    process.kill()
+    process.wait()
+    assert lines(tmp_path / "run" / "log.jsonl") == 0
+    output = run("--resume", "--out", tmp_path / "run")
+    assert "holds no checkpoint" in output and "preset=tiny" in output and "lr=0.001" in output
+    assert len(read_log(tmp_path / "run")) == 1
 
 
 def test_overwrite_deletes_nothing_until_the_new_run_can_start(uninterrupted, tmp_path) -> None:

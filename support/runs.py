@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from support.basics import (append_lines, barrier, fail, first_line, json_lines, make_folder, rank_and_world, read_json,
-                            say, versions, write_beside, write_text)
+                            say, versions, write_beside, write_json, write_text)
 from support.engines import kv_cache_bytes
 from support.models import trainable
 from support.plots import canvas, log_scale, save_figure
@@ -102,8 +102,10 @@ def open_run(s: Settings) -> Path | None:
             fcntl.flock(_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
         except BlockingIOError:
             fail(f"another process is writing to {out}: wait for it, or take another --out")
-        except OSError:  # a file system without locks
-            pass
+        except OSError:
+            say(f"{out} is on a file system without locks: nothing keeps a second run from writing to it")
+        if not begun:  # at once, so that --resume knows them wherever a kill strikes
+            write_json(out / "settings.json", dataclasses.asdict(s))
     return checkpoint
 
 
@@ -117,7 +119,7 @@ def clear_run(s: Settings, checkpoint: Path | None, step: int) -> list[dict]:
         for path in [path for path in out.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]:
             shutil.rmtree(path.with_name(f".{path.name}"), ignore_errors=True)
             path.rename(path.with_name(f".{path.name}"))
-        for name in ("settings.json", "summary.json", "log.jsonl", "rollouts.jsonl", "curves.png"):
+        for name in ("summary.json", "log.jsonl", "rollouts.jsonl", "curves.png"):
             (out / name).unlink(missing_ok=True)
     for path in [path for path in out.glob(".step_*") if re.fullmatch(r"\.step_\d+", path.name)]:
         shutil.rmtree(path)  # half-written ones too
