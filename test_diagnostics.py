@@ -21,6 +21,7 @@ import torch
 import diagnostics as D
 from egrsd import add_adapter, encode_prompt, load_base, parse_settings
 from support import completions, figures, pages, token_stats
+from support.models import adapter_fingerprint
 from support.token_stats import reads_reference
 
 HERE = Path(__file__).resolve().parent
@@ -428,6 +429,25 @@ def test_bad_completions_are_refused_with_a_sentence(rollouts, tmp_path, kind: s
     spoil(rows)
     path = write_rows(tmp_path / "rows.jsonl", rows)
     assert re.search(sentence, refused("--preset", "tiny", "--W", 5, kind, path, "--out", tmp_path / "out"))
+
+
+@needs_tiny
+def test_samples_bring_their_adapter_and_another_in_its_place_is_refused(rollouts, tiny_model, tmp_path) -> None:
+    student = add_adapter(load_base(tiny_model[2], torch.device("cpu")), tiny_model[2])
+    for p in (p for name, p in student.named_parameters() if "lora_B" in name):
+        torch.nn.init.normal_(p, std=0.1)
+    student.save_pretrained(tmp_path / "adapter")
+    path = write_rows(tmp_path / "samples.jsonl", rollouts)
+    mark, settings = adapter_fingerprint(tmp_path / "adapter"), tmp_path / "settings.json"
+    for weights in (mark, "0123456789abcdef r 16"):
+        settings.write_text(json.dumps({"preset": "tiny", "adapter": str(tmp_path / "adapter"),
+                                        "adapter_weights": weights}))
+        if weights == mark:
+            call("--samples", path)
+            context = json.loads((tmp_path / "diagnostics" / "context.json").read_text())
+            assert context["student"] == str(tmp_path / "adapter") and context["settings"]["preset"] == "tiny"
+        else:
+            assert "is not the adapter that drew" in refused("--samples", path)
 
 
 @pytest.mark.parametrize("sentence, argv", [

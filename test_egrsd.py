@@ -1002,6 +1002,14 @@ def test_an_ordinary_batch_takes_under_a_second_and_a_hostile_one_no_longer_than
     assert grade_completions([r"\boxed{\frac26}"], ["1/3"])[0].correct  # the pool goes on
 
 
+def test_grading_processes_start_whatever_the_working_directory_holds(tmp_path) -> None:
+    (tmp_path / "support.py").write_text("raise RuntimeError('not this one')")
+    script = (f"import sys; sys.path[0] = {str(ROOT)!r}; from support.grading import grade_completions; "
+              r"print(grade_completions([r'\boxed{1/2}'], ['0.5'])[0].correct)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_grading_processes_end_with_a_killed_parent(tmp_path) -> None:
     script = (r"import time; from support import grading; grading.grade_completions([r'\boxed{1/2}'], ['0.5']); "
               "print(*[w.pid for w in grading._workers], flush=True); time.sleep(60)")
@@ -1142,6 +1150,23 @@ def test_a_run_killed_before_its_first_step_is_resumed_with_its_settings(tmp_pat
     output = run("--resume", "--out", tmp_path / "run")
     assert "holds no checkpoint" in output and "preset=tiny" in output and "lr=0.001" in output
     assert len(read_log(tmp_path / "run")) == 1
+
+
+def test_before_and_after_are_those_of_the_run_however_often_it_is_resumed(tmp_path) -> None:
+    held_out, out = tmp_path / "few.jsonl", tmp_path / "run"
+    held_out.write_text("".join((TINY / "test.jsonl").read_text().splitlines(keepends=True)[:8]))
+    run(*SMALL[:2], *SMALL[3:], "--eval_data", held_out, "--steps", 2, "--save_every", 1, "--out", out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert "is finished" in run("--resume", "--out", out)
+    # killed between its last checkpoint and the evaluation: the summary is that of an earlier, shorter run
+    (out / "summary.json").write_text(json.dumps({**summary, "steps": 1, "after": {"accuracy": -1, "length": -1}}))
+    run("--resume", "--out", out)
+    again = json.loads((out / "summary.json").read_text())
+    assert again["after"] == summary["after"] and again["steps"] == 2
+    (out / "summary.json").unlink()  # "before" is lost: it is left out, and not measured with the trained adapter
+    run("--resume", "--out", out)
+    last = json.loads((out / "summary.json").read_text())
+    assert "before" not in last and last["after"] == summary["after"]
 
 
 def test_overwrite_deletes_nothing_until_the_new_run_can_start(uninterrupted, tmp_path) -> None:
