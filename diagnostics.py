@@ -1,21 +1,24 @@
 """
-See what the gate does, token by token: sections 4.1 and 5.5, Figures 3, 4, A1 and A3 to A5 of the paper, on any model.
+See what the gate does, token by token: sections 4.1, 5.5, Figures 3, 4, A1, A3 to A5 of the paper.
 
-    python diagnostics.py --preset tiny                                             # sample, measure, draw
+    python diagnostics.py --preset tiny                            # sample, measure, draw
     python diagnostics.py --model M --adapter RUN/step_100 --data FILE --gamma 0.3 --W 5 --out DIR
-    python diagnostics.py --rollouts RUN/rollouts.jsonl                             # what a run trained on
-    python diagnostics.py --samples evals/x/samples.jsonl                           # of eval.py --save_ids
-    python diagnostics.py --tokens DIR/tokens.npz --gamma 1                         # other settings, without a model
-    python diagnostics.py --selftest                                                # Appendix C, numerically
+    python diagnostics.py --rollouts RUN/rollouts.jsonl            # what a run trained on
+    python diagnostics.py --samples evals/x/samples.jsonl          # of eval.py --save_ids
+    python diagnostics.py --tokens DIR/tokens.npz --gamma 1        # other settings, without a model
+    python diagnostics.py --selftest                               # Appendix C, numerically
 
-Every option of egrsd.py works here too. In the folder: report.html and microscope.html (neither needs a network), the
-figures, summary.json, tokens.npz (one flat array per quantity over all completion tokens) and context.json (the rest).
-The gate, the magnitude and both passes are egrsd.py's own functions: no picture can show a gate that does not train.
+Every option of egrsd.py works here too. In the folder: report.html and microscope.html (neither
+needs a network), the figures, summary.json, tokens.npz (one flat array per quantity over all
+completion tokens) and context.json (the rest). The gate, the magnitude and both passes are
+egrsd.py's own functions: no picture can show a gate that does not train.
 
-Reference of the teacher (D14): the data's worked solution; else another right completion of the same problem, without
-its thinking; else the bare answer. Batch of Eq. 5 (D15): the training step, or 32 consecutive completions. The
-student of a run's rollouts is the policy that sampled them (the run keeps its log-probabilities), or a given --adapter.
+Reference of the teacher (D14): the data's worked solution; else another right completion of the
+same problem, without its thinking; else the bare answer. Batch of Eq. 5 (D15): the training step,
+or 32 consecutive completions. The student of a run's rollouts is the policy that sampled them (the
+run keeps its log-probabilities), or a given --adapter.
 """
+
 import argparse
 import collections
 import dataclasses
@@ -26,24 +29,120 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from egrsd import (Settings, completion_hidden, confidence_gate, evidence_magnitude, logprob_and_entropy,
-                   lookahead_min, micro_batches, parse_settings, roll_out, shaped_reward, teacher_pass,
-                   token_advantages)
-from support.basics import (fail, first_wrong, make_folder, progress, rank_and_world, read_json, start_processes,
-                            write_json, write_text)
-from support.completions import check_rows, eval_rows, give_prompts, give_references, run_rows
-from support.data import encode_prompt, fill, load_problems
-from support.engines import (choose_engine, end_tokens, hf_generate, kv_cache_bytes, sample, start_vllm,
-                             vllm_generate)
-from support.figures import draw_all
-from support.models import (adapter_fingerprint, add_adapter, check_adapter, check_head, head_of, load_base,
-                            load_tokenizer, use_student)
-from support.pages import microscope, verdict_of, write_report
-from support.plots import save_figure
-from support.token_stats import (MEASURED, check_numbers, follows, reads_reference, shown_rollouts, statistics,
-                                 token_texts)
+from egrsd import (
+    Settings,
+    add_adapter,
+    as_teacher,
+    cache_tokens,
+    confidence_gate,
+    evidence_magnitude,
+    hidden_states,
+    lookahead_min,
+    parse_settings,
+    roll_out,
+    score_completions,
+    shaped_reward,
+    start_vllm,
+    token_advantages,
+    vllm_generate,
+)
+from support.diagnosis.completions import (
+    check_rows,
+    eval_rows,
+    give_prompts,
+    give_references,
+    run_rows,
+)
+from support.diagnosis.figures import draw_all
+from support.diagnosis.pages import microscope, verdict_of, write_report
+from support.diagnosis.token_stats import (
+    MEASURED,
+    check_numbers,
+    follows,
+    reads_reference,
+    shown_rollouts,
+    summarise_tokens,
+    token_texts,
+)
+from support.shared import adapters, engines, models
+from support.shared.console import fail, progress
+from support.shared.data import encode_prompt, fill, load_problems
+from support.shared.files import make_folder, read_json, write_json, write_text
+from support.shared.options import check_rules
+from support.shared.plots import save_figure
+from support.shared.processes import rank_and_world, start_processes
 
-DERIVED = ("delta", "magnitude", "gate", "gate_lookahead", "entropy_lookahead")  # what Eq. 2, 6 and 8 make of them
+DERIVED = (
+    "delta",
+    "magnitude",
+    "gate",
+    "gate_lookahead",
+    "entropy_lookahead",
+)  # what Eq. 2, 6 and 8 make of them
+
+
+GATED = ("teacher_logp", "student_logp", "entropy", "advantage")  # what these need
+
+
+# --------------------------------------------------------------------------------------------------
+# Options: our own, and all of egrsd.py's
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """Our options, and Settings from the others.
+
+    Settings: defaults, then those of the run or file that is looked at, then the command line.
+    """
+    o, rest = make_parser().parse_known_args(argv)
+    source = Path(o.tokens or o.rollouts or o.samples)
+    saved = saved_settings(o, source)
+    o.drawn_with = None
+    if o.adapter is None:
+        o.adapter = saved.get("adapter")
+        if o.samples:
+            o.drawn_with = source.parent / "settings.json"
+    o.adapter = o.adapter or ""
+    s = parse_settings(as_options(saved) + rest)
+
+    typed = {word.split("=")[0] for word in rest if word.startswith("--")}
+    o.note = ""
+    if s.W == 0 and "--W" not in typed:
+        s.W = 5
+        o.note = "W is 0 here: the lookahead is shown as it would be with W = 5. "
+    if s.eval_data and "--data" not in typed and not o.rollouts:
+        s.data = s.eval_data  # held-out problems where the preset has them
+    if o.result_after is None:
+        o.result_after = "=" if s.preset == "tiny" else ""
+    o.out = o.out or default_folder(o, s, source)
+    check_options(o, typed)
+    return o, s
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diagnostics.py",
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="and every option of egrsd.py: python egrsd.py --help",
+    )
+    add = parser.add_argument
+    add("--out", default="", help="folder; else beside the input, or runs/PRESET/...")
+    add("--adapter", help="the student's adapter; else that of --samples, else the base model")
+    add("--rollouts", default="", metavar="FILE", help="rollouts.jsonl of a training run")
+    add("--samples", default="", metavar="FILE", help="samples.jsonl of eval.py")
+    add("--tokens", default="", metavar="FILE", help="tokens.npz of an earlier call")
+    add("--limit", default=256, type=int, help="most completions, 0 = all; steps stay whole")
+    add("--tau_low", default=0.1, type=float, help="normalised entropy: certain up to (ours)")
+    add("--tau_high", default=0.3, type=float, help="uncertain from (ours: the paper gives none)")
+    add("--result_after", metavar="TOKEN", help="a token after it is a result; = for tiny")
+    add("--show", type=int, help="the rollout in the traces, the heat map and the microscope")
+    windows = "windows of the pivot figure"
+    add("--windows", nargs="*", default=[], metavar="ROLLOUT:START", help=windows, type=window)
+    add("--log", nargs="*", default=[], metavar="FILE", help="log.jsonl of runs, for Figure A1")
+    add("--selftest", action="store_true", help="check Appendix C and end")
+    return parser
 
 
 def window(text: str) -> tuple[int, int]:
@@ -51,261 +150,456 @@ def window(text: str) -> tuple[int, int]:
     return int(rollout), int(start)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Our options, and Settings from the others: defaults, those of the run or file looked at, the command line."""
-    parser = argparse.ArgumentParser(prog="diagnostics.py", usage="%(prog)s [options]", allow_abbrev=False,
-                                     description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="and every option of egrsd.py: python egrsd.py --help")
-    for name, default, kind, text in [
-        ("out", "", str, "folder; by default `diagnostics` beside the input, or runs/PRESET/diagnostics-sampled"),
-        ("adapter", None, str, "folder of the student's adapter; by default that of --samples, else the base model"),
-        ("rollouts", "", str, "rollouts.jsonl of a training run"), ("samples", "", str, "samples.jsonl of eval.py"),
-        ("tokens", "", str, "tokens.npz of an earlier call"),
-        ("limit", 256, int, "most completions, 0 = all; training steps stay whole"),
-        ("tau_low", 0.1, float, "normalised entropy up to which the teacher is certain (ours: the paper gives none)"),
-        ("tau_high", 0.3, float, "normalised entropy from which it is uncertain (ours)"),
-        ("result_after", None, str, "a token after this one is a result; `=` for --preset tiny"),
-        ("show", None, int, "number of the rollout in the traces, the heat map and the microscope"),
-    ]:
-        parser.add_argument(f"--{name}", default=default, type=kind, metavar=kind.__name__, help=text)
-    parser.add_argument("--windows", nargs="*", default=[], metavar="ROLLOUT:START", help="windows of the pivot figure",
-                        type=window)
-    parser.add_argument("--log", nargs="*", default=[], metavar="FILE", help="log.jsonl of runs, for Figure A1")
-    parser.add_argument("--selftest", action="store_true", help="check Appendix C and end")
-    o, rest = parser.parse_known_args(argv)
-    source, saved = Path(o.tokens or o.rollouts or o.samples), {}
-    if o.rollouts:
-        saved = read_json(source.parent / "settings.json", {})
-    elif o.tokens:
-        saved = read_json(source.parent / "context.json", {}).get("settings", {})
-    elif o.samples:
-        saved = read_json(source.parent / "settings.json", {})
+def saved_settings(o: argparse.Namespace, source: Path) -> dict:
+    """The settings of the run, evaluation or earlier call that is looked at."""
+    if o.tokens:
+        return read_json(source.parent / "context.json", {}).get("settings", {})
+    if not o.rollouts and not o.samples:
+        return {}
+    saved = read_json(source.parent / "settings.json", {})
+    if o.samples:  # an evaluation has other options too
         shared = ("preset", "model", "adapter", "student_prompt", "thinking")
         saved = {key: saved[key] for key in shared if key in saved}
-    o.drawn_with = source.parent / "settings.json" if o.samples and o.adapter is None else None
-    o.adapter = (saved.get("adapter") if o.adapter is None else o.adapter) or ""
-    known = {f.name for f in dataclasses.fields(Settings)} - {"out", "resume", "overwrite", "wandb"}
-    s = parse_settings([f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k}={v}"
-                        for k, v in saved.items() if k in known] + rest)
-    typed = {word.split("=")[0] for word in rest}
-    o.note = ""
-    if s.W == 0 and "--W" not in typed:
-        s.W, o.note = 5, "W is 0 here: the lookahead is shown as it would be with W = 5. "
-    if s.eval_data and "--data" not in typed and not o.rollouts:
-        s.data = s.eval_data  # held-out problems where the preset has them
-    if o.result_after is None:
-        o.result_after = "=" if s.preset == "tiny" else ""
-    beside = source.parent / (f"gamma{s.gamma:g}-W{s.W}-eps{s.eps:g}" if o.tokens else "diagnostics")
-    o.out = o.out or str(beside if source.name else Path("runs") / s.preset / "diagnostics-sampled")
-    idle = sorted(word for word in typed if word[:2] == "--" and word not in ("--gamma", "--W", "--eps", "--preset"))
-    absent = [path for path in o.log if not (Path(path).is_file() or (Path(path) / "log.jsonl").is_file())]
-    first_wrong([
-        (not 0 <= o.tau_low < o.tau_high <= 1, f"--tau_low {o.tau_low} must be below --tau_high {o.tau_high}"),
-        (sum(map(bool, (o.tokens, o.rollouts, o.samples))) > 1, "--tokens, --rollouts and --samples: choose one"),
+    return saved
+
+
+def as_options(saved: dict) -> list[str]:
+    """Settings as command-line options of egrsd.py."""
+    options = []
+    for field in dataclasses.fields(Settings):
+        name = field.name
+        if name not in saved or name in ("out", "resume", "overwrite", "wandb"):
+            continue
+        value = saved[name]
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            options.append(f"--{name}={value}")
+    return options
+
+
+def default_folder(o: argparse.Namespace, s: Settings, source: Path) -> str:
+    if o.tokens:
+        return str(source.parent / f"gamma{s.gamma:g}-W{s.W}-eps{s.eps:g}")
+    if source.name:
+        return str(source.parent / "diagnostics")
+    return str(Path("runs") / s.preset / "diagnostics-sampled")
+
+
+def check_options(o: argparse.Namespace, typed: set[str]) -> None:
+    """`typed` are egrsd.py's options on the command line."""
+    idle = sorted(typed - {"--gamma", "--W", "--eps", "--preset"})
+    absent = []
+    for path in o.log:
+        if not Path(path).is_file() and not (Path(path) / "log.jsonl").is_file():
+            absent.append(path)
+    sources = [path for path in (o.tokens, o.rollouts, o.samples) if path]
+    ordered = 0 <= o.tau_low < o.tau_high <= 1
+    rules = [
+        (not ordered, f"--tau_low {o.tau_low} must be below --tau_high {o.tau_high}"),
+        (len(sources) > 1, "--tokens, --rollouts and --samples: choose one"),
         (rank_and_world()[1] > 1, "diagnostics.py is one process: start it without torchrun"),
         (o.limit < 0, "--limit must be at least 0"),
-        (o.tokens and idle, f"{', '.join(idle)}: with --tokens only --gamma, --W and --eps have an effect"),
+        (
+            o.tokens and idle,
+            f"{', '.join(idle)}: with --tokens only --gamma, --W and --eps have an effect",
+        ),
         (absent, f"--log {', '.join(absent)}: no log.jsonl there"),
-    ], fail)
-    return o, s
+    ]
+    check_rules(rules, fail)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measuring: the two passes of training, and a third with the reference of another problem
 
 
-def sampled_rows(model, tokenizer, o: argparse.Namespace, s: Settings, device: torch.device) -> list[dict]:
+def sampled_rows(
+    model, tokenizer, o: argparse.Namespace, s: Settings, device: torch.device
+) -> list[dict]:
     """A completion, now, for each of --limit problems, with the sampling settings of training."""
-    problems = load_problems(s.data, s)
-    rows = [{**row, "key": row["id"], "prompt_ids": encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking)}
-            for row in random.Random(s.seed).sample(problems, min(o.limit or len(problems), len(problems)))]
-    ends, (engine, why) = end_tokens(model, tokenizer), choose_engine(s, device)
+    columns = {
+        "problem": s.problem_column,
+        "solution": s.solution_column,
+        "answer": s.answer_column,
+    }
+    problems = load_problems(s.data, columns, s.split)
+    rows = random.Random(s.seed).sample(problems, min(o.limit or len(problems), len(problems)))
+    for row in rows:
+        row["key"] = row["id"]
+        row["prompt_ids"] = encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking)
+    eos_ids = engines.end_tokens(model, tokenizer)
+    engine, why = engines.choose_engine(s.engine, device)
     print(f"sampling {len(rows)} completions with {engine} ({why})", flush=True)
-    generate = functools.partial(hf_generate, model, ends)
+    generate = functools.partial(engines.hf_generate, model, eos_ids)
     if engine == "vllm":
         from vllm.lora.request import LoRARequest
-        rank = read_json(Path(o.adapter) / "adapter_config.json")["r"] if o.adapter else 0
-        llm = start_vllm(s.model, device, 1, s.max_length, rank, gpu_memory_utilization=0.05,
-                         kv_cache_memory_bytes=kv_cache_bytes(s, model.config, device, 1))
-        lora = LoRARequest("student", 1, o.adapter) if o.adapter else None
-        generate = functools.partial(vllm_generate, llm, lora, ends)
-    return roll_out(functools.partial(sample, generate, 1), rows, tokenizer, ends, "diagnostics", s,
-                    temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
+
+        rank = 0
+        lora = None
+        if o.adapter:
+            rank = read_json(Path(o.adapter) / "adapter_config.json")["r"]
+            lora = LoRARequest("student", 1, o.adapter)
+        cache = engines.kv_cache_bytes(model.config, device, 1, cache_tokens(s, 1))
+        llm = start_vllm(
+            s.model,
+            device,
+            1,
+            s.max_length,
+            rank,
+            gpu_memory_utilization=0.05,
+            kv_cache_memory_bytes=cache,
+        )
+        generate = functools.partial(vllm_generate, llm, lora, eos_ids)
+    sampling = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
+    return roll_out(generate, rows, tokenizer, eos_ids, "diagnostics", s, **sampling)
 
 
 def give_advantages(rows: list[dict], s: Settings) -> str:
-    """Where no run gave any: (r - mean) / std over the set, and batches of 32 (D15); -> where they come from."""
+    """Where no run gave any: (r - mean) / std over the set, batches of 32 (D15). -> their origin"""
     L_max = max(s.max_completion, *(len(row["completion_ids"]) for row in rows))
-    r = np.array([row["reward"] if "reward" in row else
-                  shaped_reward(row["correct"], len(row["completion_ids"]), L_max, s.beta_L) for row in rows])
+    rewards = []
+    for row in rows:
+        reward = row.get("reward")
+        if reward is None:
+            reward = shaped_reward(row["correct"], len(row["completion_ids"]), L_max, s.beta_L)
+        rewards.append(reward)
+    r = np.array(rewards)
     spread = r.std(ddof=1) if len(r) > 1 else 0.0
+    advantages = (r - r.mean()) / (spread if spread >= 1e-6 else 1.0)
     for i, row in enumerate(rows):
-        row |= {"advantage": float((r[i] - r.mean()) / (spread if spread >= 1e-6 else 1.0)), "batch": i // 32}
-    return f"(r - mean) / std over this set: mean {r.mean():.3f}, std {spread:.3f}, r with L_max {L_max}"
+        row["advantage"] = float(advantages[i])
+        row["batch"] = i // 32
+    figures = f"mean {r.mean():.3f}, std {spread:.3f}, r with L_max {L_max}"
+    return f"(r - mean) / std over this set: {figures}"
 
 
-@torch.no_grad()
-def student_pass(model, rows: list[dict], s: Settings) -> list[np.ndarray]:
-    """log p_S of each row's completion tokens, as in training: adapter on, no reference in sight."""
-    logps = [None] * len(rows)
-    for group in micro_batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows], s.micro_batch_tokens):
-        completions = [rows[i]["completion_ids"] for i in group]
-        hidden, y = completion_hidden(model, [rows[i]["prompt_ids"] for i in group], completions)
-        logp, _ = logprob_and_entropy(hidden / s.logit_temperature, head_of(model), y, s.head_chunk)
-        for i, of_row in zip(group, logp.split([*map(len, completions)])):
-            logps[i] = of_row.cpu().numpy()
-    return logps
+def rows_of_file(o: argparse.Namespace) -> list[dict]:
+    """The completions of --rollouts or --samples, without empty ones; [] where neither is given."""
+    if o.rollouts:
+        rows = run_rows(o.rollouts, o.limit)
+    elif o.samples:
+        rows = eval_rows(o.samples, o.limit)
+    else:
+        return []
+    rows = [row for row in rows if row["completion_ids"]]
+    if not rows:
+        fail(f"{o.rollouts or o.samples} holds no completions")
+    return rows
+
+
+def refuse_other_adapter(o: argparse.Namespace) -> None:
+    """The adapter must be the one that drew --samples."""
+    saved = read_json(o.drawn_with, {}) if o.drawn_with else {}
+    drawn = (saved.get("adapter_weights") or "").split()[:1]
+    if drawn and drawn != adapters.adapter_fingerprint(Path(o.adapter)).split()[:1]:
+        fail(
+            f"{o.adapter} is not the adapter that drew {o.samples} ({o.drawn_with}): name that one "
+            "with --adapter"
+        )
+
+
+def load_student(o: argparse.Namespace, s: Settings, device: torch.device):
+    """The model with the adapter looked at, or with a fresh one, which changes nothing."""
+    base = models.load_base(s.model, device, s.attn, s.trust_remote_code)
+    models.check_head(base, s.model, hidden_states)
+    if o.adapter:
+        adapters.check_adapter(o.adapter, s.model, base)
+        refuse_other_adapter(o)
+    model = add_adapter(base, s)
+    adapters.use_student(model, o.adapter)
+    return model
 
 
 def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
-    """Completions, references and passes -> tokens.npz; -> the context, which is what its arrays do not hold."""
-    rows = run_rows(o.rollouts, o.limit) if o.rollouts else eval_rows(o.samples, o.limit) if o.samples else None
-    rows = rows and [row for row in rows if row["completion_ids"]]
-    if rows is not None and not rows:
-        fail(f"{o.rollouts or o.samples} holds no completions")
+    """Completions, references, passes: tokens.npz. -> the context, which its arrays do not hold"""
+    rows = rows_of_file(o)
     device = start_processes(s.threads)
-    tokenizer, base = load_tokenizer(s), load_base(s, device)
-    check_head(base, s)
-    if o.adapter:
-        check_adapter(o.adapter, s.model, base)
-        drawn = (o.drawn_with and read_json(o.drawn_with, {}).get("adapter_weights") or "").split()[:1]
-        if drawn and drawn != adapter_fingerprint(Path(o.adapter)).split()[:1]:
-            fail(f"{o.adapter} is not the adapter that drew {o.samples} ({o.drawn_with}): name that one with --adapter")
-    model = add_adapter(base, s)
-    use_student(model, o.adapter)
+    tokenizer = models.load_tokenizer(s.model, s.trust_remote_code)
+    model = load_student(o, s, device)
     rows = rows or sampled_rows(model, tokenizer, o, s, device)
     check_numbers(o, len(rows))
-    origin = "the run's own (Eq. 9; r - 0.5 in its first ten steps)" if o.rollouts else give_advantages(rows, s)
+    origin = "the run's own (Eq. 9; r - 0.5 in its first ten steps)"
+    if not o.rollouts:
+        origin = give_advantages(rows, s)
     references = give_references(rows)
-    o.note += give_prompts(rows, tokenizer, s)
-    check_rows(rows, model, s)
-
+    o.note += give_prompts(rows, tokenizer, s.student_prompt, s.teacher_prompt, s.thinking)
+    check_rows(rows, model, s.model, s.W)
+    # A run keeps the log-probabilities of the policy that sampled: the student, if none is given.
     kept = bool(o.rollouts and not o.adapter)
     if kept and s.logit_temperature != 1:
-        fail("the run kept log-probabilities at temperature 1 and had another --logit_temperature: give --adapter")
-    columns, other, batches = collections.defaultdict(list), [], collections.defaultdict(list)
-    for row in rows:
-        batches[row["batch"]].append(row)
-    rows = sum(batches.values(), [])
-    for batch in progress(batches.values(), desc="passes", unit="batch"):
-        student = [np.asarray(row["engine_logps"]) for row in batch] if kept else student_pass(model, batch, s)
-        teacher_logp, H = (part.cpu().numpy() for part in teacher_pass(model, batch, s))  # (B, T), (B, T)
-        misled = [{**row, "teacher_ids": row["other_ids"]} for row in batch]
-        other_logp = teacher_pass(model, misled, s)[0].cpu().numpy()  # (B, T)
-        lengths = [len(row["completion_ids"]) for row in batch]
-        H_max = np.max([H[i, :n].max() for i, n in enumerate(lengths)])
-        if not np.isfinite(H_max):
-            fail(f"the teacher's entropies in batch {batch[0]['batch']} are not finite: the model is broken")
-        for i, (row, n) in enumerate(zip(batch, lengths)):
-            for name, value in {"rollout": len(other), "position": np.arange(n), "token_id": row["completion_ids"],
-                                "teacher_logp": teacher_logp[i, :n], "student_logp": student[i], "entropy": H[i, :n],
-                                "max_entropy": H_max, "advantage": row["advantage"]}.items():
-                columns[name].append(np.broadcast_to(np.asarray(value, MEASURED[name]), n))
-            other.append(other_logp[i, :n])
-    flat = {name: np.concatenate(parts) for name, parts in columns.items()}
-    flat |= gate_quantities(flat, s)
+        fail(
+            "the run kept log-probabilities at temperature 1 and had another --logit_temperature: "
+            "give --adapter"
+        )
+    rows, flat, other_logp = run_passes(model, rows, kept, s)
+    flat.update(gate_quantities(flat, s))
     np.savez(out / "tokens.npz", **{name: flat[name] for name in (*MEASURED, *DERIVED)})
     text = token_texts(tokenizer, np.unique(flat["token_id"]).tolist())
-    control = {"verdict": "NOT MEASURED: the control needs completions of at least two problems."}
-    if len({str(row["key"]) for row in rows}) > 1:
-        control = reads_reference(flat["delta"], np.concatenate(other) - flat["student_logp"], flat["rollout"],
-                                  np.array([row["correct"] for row in rows]), follows(flat, text, o.result_after))
-    context = {"settings": dataclasses.asdict(s), "advantages": origin, "references": references, "note": o.note,
-               "source": o.rollouts or o.samples or f"sampled now, with the problems of {Path(s.data).name}",
-               "model": s.model, "student": "the policy that sampled them" if kept else o.adapter or "the base model",
-               "control": control, "token_text": {str(i): piece for i, piece in text.items()},
-               "rollouts": [{key: row.get(key) for key in ("id", "batch", "correct", "problem")} for row in rows]}
+    student = "the policy that sampled them" if kept else o.adapter or "the base model"
+    context = {
+        "settings": dataclasses.asdict(s),
+        "advantages": origin,
+        "references": references,
+        "note": o.note,
+        "source": o.rollouts
+        or o.samples
+        or f"sampled now, with the problems of {Path(s.data).name}",
+        "model": s.model,
+        "student": student,
+        "control": control_of(rows, flat, other_logp, text, o.result_after),
+        "token_text": {str(i): piece for i, piece in text.items()},
+        "rollouts": [about_rollout(row) for row in rows],
+    }
     write_json(out / "context.json", context)
     return context
 
 
+def about_rollout(row: dict) -> dict:
+    return {key: row.get(key) for key in ("id", "batch", "correct", "problem")}
+
+
+def control_of(
+    rows: list[dict],
+    flat: dict[str, np.ndarray],
+    other_logp: np.ndarray,
+    text: dict[int, str],
+    result_after: str,
+) -> dict:
+    """Does the teacher read the reference? `other_logp` is under that of another problem."""
+    if len({str(row["key"]) for row in rows}) < 2:
+        return {"verdict": "NOT MEASURED: the control needs completions of at least two problems."}
+    correct = np.array([row["correct"] for row in rows])
+    result = follows(flat, text, result_after)
+    other = other_logp - flat["student_logp"]
+    return reads_reference(flat["delta"], other, flat["rollout"], correct, result)
+
+
+def run_passes(
+    model, rows: list[dict], kept: bool, s: Settings
+) -> tuple[list[dict], dict[str, np.ndarray], np.ndarray]:
+    """-> the rows by batch, the flat MEASURED arrays, (N,) log p under other_prompt_ids.
+
+    `kept`: the rows bring the student's log-probabilities.
+    """
+    batches = collections.defaultdict(list)
+    for row in rows:
+        batches[row["batch"]].append(row)
+    ordered = []
+    columns = collections.defaultdict(list)
+    other = []
+    for batch in progress(batches.values(), desc="passes", unit="batch"):
+        with as_teacher(model):
+            logp_T, H = score_completions(model, batch, "teacher_prompt_ids", s)  # (N,), (N,)
+            misled, _ = score_completions(model, batch, "other_prompt_ids", s)  # (N,)
+        if kept:
+            logp_S = np.concatenate([row["engine_logps"] for row in batch])  # (N,)
+        else:
+            logp_S = score_completions(model, batch, "prompt_ids", s)[0].cpu().numpy()
+        H_max = H.max().item()
+        if not np.isfinite(H_max):
+            fail(
+                f"the teacher's entropies in batch {batch[0]['batch']} are not finite: the model "
+                "is broken"
+            )
+        sizes = [len(row["completion_ids"]) for row in batch]
+        numbers = np.arange(len(ordered), len(ordered) + len(batch))
+        columns["rollout"].append(np.repeat(numbers, sizes))
+        columns["position"].append(np.concatenate([np.arange(n) for n in sizes]))
+        columns["token_id"].append(np.concatenate([row["completion_ids"] for row in batch]))
+        columns["teacher_logp"].append(logp_T.cpu().numpy())
+        columns["student_logp"].append(logp_S)
+        columns["entropy"].append(H.cpu().numpy())
+        columns["max_entropy"].append(np.full(len(H), H_max))
+        columns["advantage"].append(np.repeat([row["advantage"] for row in batch], sizes))
+        other.append(misled.cpu().numpy())
+        ordered += batch
+    flat = {}
+    for name, parts in columns.items():
+        flat[name] = np.concatenate(parts).astype(MEASURED[name])
+    return ordered, flat, np.concatenate(other)
+
+
 def gate_quantities(flat: dict[str, np.ndarray], s: Settings) -> dict[str, np.ndarray]:
-    """What egrsd.py's own functions make of whole rollouts: flat DERIVED and token_advantage. Eq. 2 and 5 to 8."""
-    starts = np.flatnonzero(np.diff(flat["rollout"], prepend=-1))
-    lengths = np.diff(starts, append=len(flat["rollout"]))
-    made = {name: np.empty(len(flat["rollout"]), np.float32) for name in (*DERIVED, "token_advantage")}
-    for H_max in np.unique(flat["max_entropy"][starts]):  # a batch of Eq. 5, or several that share their maximum
+    """What egrsd.py's own functions make of whole rollouts: flat DERIVED and token_advantage."""
+    N = len(flat["rollout"])
+    starts = np.flatnonzero(np.diff(flat["rollout"], prepend=-1))  # of each rollout
+    lengths = np.diff(starts, append=N)
+    made = {}
+    for name in (*DERIVED, "token_advantage"):
+        made[name] = np.empty(N, np.float32)
+    for H_max in np.unique(
+        flat["max_entropy"][starts]
+    ):  # a batch of Eq. 5, or several that share it
         same = np.flatnonzero(flat["max_entropy"][starts] == H_max)
-        for group in micro_batches(lengths[same].tolist(), 1 << 20):
-            first, n = starts[same[group]][:, None], lengths[same[group]][:, None]  # (B, 1)
+        for group in rectangles(lengths[same]):
+            first = starts[same[group]][:, None]  # (B, 1)
+            n = lengths[same[group]][:, None]  # (B, 1)
             real = np.arange(n.max()) < n  # (B, T)
-            at = first + np.arange(n.max()) * real  # (B, T) where each token stands in the flat arrays
-            teacher, student, H, A = (torch.from_numpy(flat[name][at])
-                                      for name in ("teacher_logp", "student_logp", "entropy", "advantage"))  # (B, T)
-            mask, A = torch.from_numpy(real), A[:, 0]  # (B, T), (B,)
-            w = evidence_magnitude(teacher, student, A.sign(), s.eps)  # (B, T)
-            omega, omega_CL = (confidence_gate(H, mask, s.gamma, W, float(H_max)) for W in (0, s.W))  # (B, T)
-            for name, value in {"delta": teacher - student, "magnitude": w, "gate": omega, "gate_lookahead": omega_CL,
-                                "entropy_lookahead": lookahead_min(H, mask, s.W),
-                                "token_advantage": token_advantages(A, w, omega_CL, mask)}.items():
+            at = (
+                first + np.arange(n.max()) * real
+            )  # (B, T) where each token stands in the flat arrays
+            padded = {name: torch.from_numpy(flat[name][at]) for name in GATED}  # (B, T) each
+            for name, value in gate_rectangle(
+                padded, torch.from_numpy(real), float(H_max), s
+            ).items():
                 made[name][at[real]] = value.numpy()[real]
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def rectangles(lengths: np.ndarray, most: int = 1 << 20) -> list[np.ndarray]:
+    """Indices of rollouts, longest first, in groups of at most `most` padded tokens."""
+    groups = []
+    order = np.argsort(-lengths, kind="stable")
+    while len(order):
+        width = max(1, int(lengths[order[0]]))
+        count = max(1, most // width)
+        groups.append(order[:count])
+        order = order[count:]
+    return groups
+
+
+def gate_rectangle(
+    padded: dict[str, torch.Tensor], mask: torch.Tensor, H_max: float, s: Settings
+) -> dict[str, torch.Tensor]:
+    """The same for one (B, T) batch of right-padded rollouts."""
+    teacher = padded["teacher_logp"]
+    student = padded["student_logp"]
+    H = padded["entropy"]
+    A = padded["advantage"][:, 0]  # (B,)
+    w = evidence_magnitude(teacher, student, A.sign(), s.eps)
+    omega_CL = confidence_gate(H, mask, s.gamma, s.W, H_max)
+    return {
+        "delta": teacher - student,
+        "magnitude": w,
+        "gate": confidence_gate(H, mask, s.gamma, 0, H_max),
+        "gate_lookahead": omega_CL,
+        "entropy_lookahead": lookahead_min(H, mask, s.W),
+        "token_advantage": token_advantages(A, w, omega_CL, mask),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
 # Appendix C, and main
 
 
 def selftest(windows: int = 20_000, W: int = 5) -> list[str]:
-    """Appendix C with numbers: Lemma 1, Proposition 1 and the chord, through the gate that trains. -> what holds."""
-    h = torch.rand(windows, W + 1, generator=torch.Generator().manual_seed(0)) ** 2 * 3  # (windows, W + 1) nats
-    h0, rest, lowest, top, lines = h[:, 0], h[:, 1:], h.min(1).values, float(h.max()), []
-    gate = lambda H, W: confidence_gate(H, torch.ones_like(H), gamma, W, top)[:, 0].double()  # noqa: E731
-    filters = {"min": lowest, "no lookahead": h0, "min of half the window": h[:, : W // 2 + 1].min(1).values,
-               "min(h0, mean)": torch.minimum(h0, h.mean(1)), "min(h0, median)": torch.minimum(h0, h.median(1).values),
-               "min(h0, max of the rest)": torch.minimum(h0, rest.max(1).values), "sqrt(h0 min)": (h0 * lowest).sqrt(),
-               "h0/3 + 2 min/3": h0 / 3 + 2 * lowest / 3}  # all monotone, at most h0, and c where every h is c
+    """Appendix C with numbers, through the gate that trains. -> what holds
+
+    Exits with a sentence where Lemma 1, Proposition 1 or the chord does not hold.
+    """
+    h = torch.rand(windows, W + 1, generator=torch.Generator().manual_seed(0)) ** 2 * 3  # nats
+    lines = []
     for gamma in (0.3, 0.6, 0.9):
-        least = gate(h, W) - gate(h, 0)  # what the minimum recovers
-        for name, phi in filters.items():
-            if not ((phi <= h0 + 1e-6) & (phi >= lowest - 1e-6)).all():
-                fail(f"selftest: Lemma 1 fails for {name}")
-            free = gate(phi[:, None], 0) > 0.1  # not saturated by the lower clip
-            more = (gate(phi[:, None], 0) - gate(h, 0) - least)[free]
-            if more.max() > 1e-6 or (name == "min") != bool(more.min() > -1e-6):  # equality for the minimum alone
-                fail(f"selftest: Proposition 1 fails for {name} at gamma {gamma}")
-        lines.append(f"Proposition 1, gamma {gamma}: of {len(filters)} admissible filters on {windows:,} windows none "
-                     f"recovers more weight than the minimum ({least.mean():.3f}), and no other as much everywhere")
-    x = torch.linspace(0, 1, 1001)
+        lines.append(check_proposition_1(h, gamma))
     for gamma in (0.1, 0.3, 0.5, 0.9, 0.99):
-        a = gamma / (1 - gamma)  # Eq. 13
-        over = confidence_gate(2 * x[None], torch.ones(1, 1001), gamma, 0, 2.0)[0].double() - 1 / (1 + a * x.double())
-        met = gamma > 0.9 or over[-1].abs() < 1e-6 and over[1:-1].min() > 0  # above 0.9 the floor binds at H = 1
-        if over.min() < -1e-6 or over[0].abs() > 1e-6 or not met:
-            fail(f"selftest: the gate is not the chord at gamma {gamma}")
-        lines.append(f"chord, gamma {gamma}: the gate is on or above 1 / (1 + {a:.3g} H), by {over.max():.3f} at most, "
-                     + ("and meets it at both ends" if gamma <= 0.9 else "and meets it at 0; at 1 the floor 0.1 binds"))
+        lines.append(check_chord(gamma))
     return lines
+
+
+def admissible_filters(h: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(windows,) of (windows, W + 1) entropies: monotone, at most h0, and c where every h is c."""
+    h0 = h[:, 0]
+    lowest = h.min(1).values
+    return {
+        "min": lowest,
+        "no lookahead": h0,
+        "min of half the window": h[:, : (h.shape[1] - 1) // 2 + 1].min(1).values,
+        "min(h0, mean)": torch.minimum(h0, h.mean(1)),
+        "min(h0, median)": torch.minimum(h0, h.median(1).values),
+        "min(h0, max of the rest)": torch.minimum(h0, h[:, 1:].max(1).values),
+        "sqrt(h0 min)": (h0 * lowest).sqrt(),
+        "h0/3 + 2 min/3": h0 / 3 + 2 * lowest / 3,
+    }
+
+
+def check_proposition_1(h: torch.Tensor, gamma: float) -> str:
+    """No admissible filter recovers more weight than the minimum, and none other as much."""
+    top = float(h.max())
+    W = h.shape[1] - 1
+
+    def first_gate(H: torch.Tensor, W: int) -> torch.Tensor:
+        return confidence_gate(H, torch.ones_like(H), gamma, W, top)[:, 0].double()
+
+    instant = first_gate(h, 0)
+    least = first_gate(h, W) - instant  # what the minimum recovers
+    filters = admissible_filters(h)
+    for name, phi in filters.items():
+        if not ((phi <= h[:, 0] + 1e-6) & (phi >= h.min(1).values - 1e-6)).all():
+            fail(f"selftest: Lemma 1 fails for {name}")
+        gate = first_gate(phi[:, None], 0)
+        more = (gate - instant - least)[gate > 0.1]  # not saturated by the lower clip
+        as_much = bool(more.min() > -1e-6)
+        if more.max() > 1e-6 or as_much != (name == "min"):
+            fail(f"selftest: Proposition 1 fails for {name} at gamma {gamma}")
+    return (
+        f"Proposition 1, gamma {gamma}: of {len(filters)} admissible filters on {len(h):,} windows "
+        f"none recovers more weight than the minimum ({least.mean():.3f}), and no other as much "
+        "everywhere"
+    )
+
+
+def check_chord(gamma: float) -> str:
+    """The linear gate is the chord of the shrinkage curve 1 / (1 + a H). Eq. 11, 13"""
+    a = gamma / (1 - gamma)
+    x = torch.linspace(0, 1, 1001)
+    gate = confidence_gate(2 * x[None], torch.ones(1, 1001), gamma, 0, 2.0)[0].double()
+    over = gate - 1 / (1 + a * x.double())
+    wrong = over.min() < -1e-6 or over[0].abs() > 1e-6
+    meets = "and meets it at 0; at 1 the floor 0.1 binds"
+    if gamma <= 0.9:
+        wrong = wrong or over[-1].abs() >= 1e-6 or over[1:-1].min() <= 0
+        meets = "and meets it at both ends"
+    if wrong:
+        fail(f"selftest: the gate is not the chord at gamma {gamma}")
+    return (
+        f"chord, gamma {gamma}: the gate is on or above 1 / (1 + {a:.3g} H), by {over.max():.3f} "
+        f"at most, {meets}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     o, s = parse(argv)
     if o.selftest:
-        return print("\n".join(selftest()))
-    out, path = Path(o.out), Path(o.tokens or Path(o.out) / "tokens.npz")
+        print("\n".join(selftest()))
+        return
+    out = Path(o.out)
     make_folder(out)
+    path = out / "tokens.npz"
     if o.tokens:
+        path = Path(o.tokens)
         context = read_json(path.parent / "context.json", {})
         context["note"] = context.get("note", "") + "Computed again from saved arrays. "
     else:
         context = measure(o, s, out)
     print(verdict_of(context), flush=True)
     derive = functools.partial(gate_quantities, s=s)
-    summary = statistics(path, derive, context, o, s)
-    shown = shown_rollouts(path, derive, {*summary["shown"], *(n for n, *_ in o.windows)}, context, o)
-    number = summary["shown"][0]
-    beside = [str(path) for path in [Path(o.rollouts).parent / "log.jsonl"] if o.rollouts and path.is_file()]
-    logs = o.log or beside  # the rollouts alone are enough for all else
-    pictures = draw_all(summary, shown, logs, o, s)
+    summary = summarise_tokens(path, derive, context, o, s.W)
+
+    numbers = set(summary["shown"])
+    for number, _ in o.windows:
+        numbers.add(number)
+    text = context.get("token_text", {})
+    shown = shown_rollouts(path, derive, numbers, text, o.tau_low, o.tau_high)
+    pictures = draw_all(summary, shown, logs_to_draw(o), o, s.gamma, s.W, s.max_grad_norm)
     for name, _, _, figure in pictures:
         save_figure(out / name, figure)
-    write_report(out, summary, context, pictures, s)
+    write_report(out, summary, context, pictures, f"{s.gamma:g}, {s.W}, {s.eps:g}")
+    number = summary["shown"][0]
     problem = context["rollouts"][number]["problem"] if "rollouts" in context else ""
-    write_text(out / "microscope.html", microscope(shown[number], number, problem, o, s))
-    write_json(out / "summary.json", {"control": context.get("control"), "advantages": context.get("advantages"),
-                                      "settings": dataclasses.asdict(s), **summary})
+    sliders = {"gamma": s.gamma, "W": s.W, "eps": s.eps}
+    sliders.update(tau_low=o.tau_low, tau_high=o.tau_high)
+    write_text(out / "microscope.html", microscope(shown[number], number, problem, sliders))
+    about = {"control": context.get("control"), "advantages": context.get("advantages")}
+    write_json(out / "summary.json", {**about, "settings": dataclasses.asdict(s), **summary})
     print(f"report: {out}/report.html   microscope: {out}/microscope.html   arrays: {path}")
+
+
+def logs_to_draw(o: argparse.Namespace) -> list[str]:
+    """--log; else the log beside --rollouts, which alone are enough for all else."""
+    if o.log or not o.rollouts:
+        return o.log
+    beside = Path(o.rollouts).parent / "log.jsonl"
+    return [str(beside)] if beside.is_file() else []
 
 
 if __name__ == "__main__":

@@ -1,85 +1,109 @@
 """
-EGRSD and CL-EGRSD: Entropy-Guided Reinforced Self-Distillation (arXiv:2605.13255), Algorithm 1 in one file.
+EGRSD and CL-EGRSD: Entropy-Guided Reinforced Self-Distillation (arXiv:2605.13255), in one file.
 
-A reasoning model samples its own solutions. The same model with its adapter off, shown the reference solution, is the
-teacher. Every sampled token is then pushed up or down by the product of three signals:
+A reasoning model samples its own solutions. The same model with its adapter off, shown the
+reference solution, is the teacher. Each sampled token is then pushed up or down by three signals:
 
-    A_hat[i,t] = A[i] * w[i,t] * omega[i,t]                loss = -1/M * sum_{i,t} A_hat[i,t] * log p_theta(y[i,t])
+    A_hat[i,t] = A[i] * w[i,t] * omega[i,t]
+    loss       = -1/M * sum over i, t of A_hat[i,t] * log p_theta(y[i,t])
 
-    direction   A[i]        did this answer earn more reward than usual?                                Eq. 9
-    magnitude   w[i,t]      does the teacher like this token more than the student does?                Eq. 2
-    confidence  omega[i,t]  is the teacher's distribution concentrated, by its entropy at t (EGRSD) or
-                            by the lowest entropy within the next W tokens (CL-EGRSD)?                  Eq. 6, 8
+    direction   A      did this answer earn more reward than usual?                        Eq. 9
+    magnitude   w      does the teacher like this token more than the student does?        Eq. 2
+    confidence  omega  is the teacher's distribution concentrated, by its entropy at t
+                       (EGRSD) or by the lowest within the next W tokens (CL-EGRSD)?       Eq. 6, 8
 
-    python egrsd.py --preset tiny                                   # a laptop, no GPU, no network, minutes
-    torchrun --nproc_per_node 8 egrsd.py --gamma 1.0 --W 5          # the paper's CL-EGRSD on Qwen3-8B
+    python egrsd.py --preset tiny                            # a laptop, no GPU, no network, minutes
+    torchrun --nproc_per_node 8 egrsd.py --gamma 1.0 --W 5   # the paper's CL-EGRSD on Qwen3-8B
 
-Symbols (the paper's)                           Shapes
-    x, s*   problem, its reference solution         B   rollouts of this rank; b: of one micro-batch
-    y       sampled completion, |y| its length      T   tokens of the longest completion, right-padded
-    r, A    reward, advantage; D = sign(A)          N   completion tokens of a micro-batch, without pads
-    p_T     teacher: adapter off, sees x and s*     V   vocabulary, d hidden size
-    p_S     student: adapter on, sees x             L   tokens of prompt and completion
-    H       teacher entropy in nats                 M   completion tokens of the whole step (sum of the masks)
-    delta   log p_T(y) - log p_S(y), in nats
+Symbols (the paper's)                          Shapes
+    x, s*  problem, its reference solution         B  rollouts
+    y      sampled completion, |y| its length      T  tokens of the longest completion
+    r, A   reward, advantage; D = sign(A)          N  completion tokens, row after row, without pads
+    p_T    teacher: adapter off, sees x and s*     n  those of one micro-batch or chunk
+    p_S    student: adapter on, sees x             V  vocabulary, v a tile of it; d hidden size
+    H      teacher entropy in nats                 L  tokens of prompt and completion
+    delta  log p_T(y) - log p_S(y), in nats        M  completion tokens of the whole step
 
-Where the paper is silent we had to decide: tags like [D1], explained in README.md, mark where. After the settings and
-the mathematics the file follows the data; "Alg. 1, line n" marks each line of Algorithm 1 once. What is not the method
-lies in support/: files, loading data and models, vLLM and transformers behind one interface, grading, checkpoints.
+The file reads as the data flow: settings, problems, rollout, reward, forward pass, head, gate, the
+step, training. "Alg. 1, line n" marks each line of Algorithm 1 once, in order. Where the paper is
+silent we had to decide, and a tag marks where (README says why):
+    D1   the gate divides by the step's highest entropy before the lookahead, at least 1 nat
+    D2   a "batch" is the whole optimizer step: all ranks, all micro-batches
+    D3   log-probabilities and entropies are at temperature 1, whatever the sampling
+    D4   rewards are whitened by all earlier ones; steps 0 to 9 use r - 0.5; sigma < 1e-6 means 1
+    D5   sign(0) = 0: no update
+    D6   p_S inside w is that of the same forward pass, detached; no importance ratio
+    D7   both prompts are one user turn; the teacher's adds the reference and a transition
+    D8   training does not think by default, evaluation does
+    D9   a sampled end token is a completion token
+    D10  a problem that does not fit is skipped and named, never cut
+    D11  AdamW, constant rate, no decay; float32 adapter, bfloat16 base; pushed, never merged
+    D12  the last box after the final </think> is graded
+    D13  logits must be hidden @ W.T: another head is refused
+    D14  diagnostics.py: the reference is the worked solution, else a right completion, else the
+         bare answer
+    D15  diagnostics.py: outside training a "batch" is 32 completions
+
+What is not the method is in support/: processes, files, loading, grading, the run's folder and log.
 """
-import atexit
+
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from support.basics import (HERE, barrier, ending_together, fail, first_wrong, gather, installed, make_parser, opt,
-                            progress, rank_and_world, read_json, reduce_, say, start_processes, stop_on_signals,
-                            write_json, write_text)
-from support.data import encode_prompt, epoch_order, fill, load_held_out, load_problems, read_completion
-from support.engines import (Draw, choose_engine, end_tokens, hf_generate, kv_cache_bytes, rollout_seed, sample,
-                             start_vllm, tensor_parallel, vllm_generate)
-from support.grading import Grade, extract_answer, grade_completions  # noqa: F401  extract_answer: for importers
-from support.models import (add_adapter, check_head, check_place, head_of, hidden_states, load_base, load_tokenizer,
-                            trainable)
-from support.runs import (PHASES, clear_run, latest_checkpoint, load_checkpoint, log_row, memory_estimate, open_run,
-                          record_step, save_checkpoint, show_start, start_wandb)
+from support.shared import console, data, engines, models, processes
+from support.shared.files import read_json
+from support.shared.grading import Grade, grade_completions
+from support.shared.options import make_parser, opt
+from support.training import guards, journal, opening, run_folder, tensors
+from support.training.rules import find_broken_rule
 
-# ---------------------------------------------------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parent
+
+# --------------------------------------------------------------------------------------------------
 # Settings: one dataclass, one parser. Each default is followed by where it comes from.
 
 CLOSING = "Reason step by step, and put your final answer within \\boxed{}."
 STUDENT_PROMPT = "Problem: {problem}\n\n" + CLOSING
-TEACHER_PROMPT = """Problem: {problem}
-
-Here is a reference solution to this problem.
-=== Reference solution begins ===
-{solution}
-=== Reference solution ends ===
-
-Make sure that you understand every step of the reference. Then solve the problem again, and derive the same answer in \
-your own words.
-
-""" + CLOSING
+TEACHER_PROMPT = (
+    "Problem: {problem}\n\n"
+    "Here is a reference solution to this problem.\n"
+    "=== Reference solution begins ===\n"
+    "{solution}\n"
+    "=== Reference solution ends ===\n\n"
+    "Make sure that you understand every step of the reference. Then solve the problem again, and "
+    "derive the same answer in your own words.\n\n" + CLOSING
+)
 
 PRESETS = {
     "qwen3-8b": {},  # the defaults below; its CL-EGRSD is --gamma 1.0 --W 5 (Table A2)
     "qwen3-4b": {"model": "Qwen/Qwen3-4B"},  # its CL-EGRSD is --gamma 0.3 --W 3 (Table A2)
     "tiny": {  # ours, all of it: a 247k-parameter Qwen3 that tiny/make.py trained on arithmetic
-        "model": str(HERE / "tiny"), "data": str(HERE / "tiny" / "train.jsonl"),
-        "eval_data": str(HERE / "tiny" / "test.jsonl"), "student_prompt": "{problem}",
+        "model": str(ROOT / "tiny"),
+        "data": str(ROOT / "tiny" / "train.jsonl"),
+        "eval_data": str(ROOT / "tiny" / "test.jsonl"),
+        "student_prompt": "{problem}",
         "teacher_prompt": "{problem} Reference : {solution} Solve it in your own way .",
-        "gamma": 1.0, "W": 5, "lr": 2e-3, "batch_size": 64, "max_completion": 96, "max_length": 256, "lora_r": 16,
-        "lora_alpha": 32, "threads": 1},
+        "gamma": 1.0,
+        "W": 5,
+        "lr": 2e-3,
+        "batch_size": 64,
+        "max_completion": 96,
+        "max_length": 256,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "threads": 1,
+    },
 }
 
 
@@ -87,141 +111,385 @@ PRESETS = {
 class Settings:
     preset: str = opt("run", "qwen3-8b", "what goes with a model", *PRESETS)  # ours
     out: str = opt("run", "", "run folder; by default runs/PRESET")  # ours
-    resume: bool = opt("run", False, "go on with the run in --out from its last checkpoint, with its settings")  # ours
+    resume: bool = opt("run", False, "go on with the run in --out, with its settings")  # ours
     overwrite: bool = opt("run", False, "delete the run that --out already holds")  # ours
     steps: int = opt("run", 100, "optimizer steps")  # Table A1
     save_every: int = opt("run", 25, "steps between checkpoints")  # Table A1
-    seed: int = opt("run", 0, "seed of the adapter, the data order and every rollout")  # ours
+    seed: int = opt("run", 0, "seed of adapter, data order and rollouts")  # ours
     wandb: str = opt("run", "", "also log to this Weights & Biases project")  # ours
 
     model: str = opt("model", "Qwen/Qwen3-8B", "hub id or local folder")  # section 5.1
     lora_r: int = opt("model", 64, "rank of the adapter")  # section 5.1
     lora_alpha: int = opt("model", 128, "the adapter is scaled by alpha / r")  # section 5.1
-    lora_targets: str = opt("model", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-                            "modules with an adapter")  # section 5.1
-    attn: str = opt("model", "sdpa", "attention of the two passes", "sdpa", "flash_attention_2", "eager")  # ours
-    gradient_checkpointing: bool = opt("model", False, "recompute activations: less memory, slower")  # ours
-    trust_remote_code: bool = opt("model", False, "run Python code that comes with the model")  # ours
+    lora_targets: str = opt(
+        "model",
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "modules with an adapter",
+    )  # section 5.1
+    attn: str = opt("model", "sdpa", "attention", "sdpa", "flash_attention_2", "eager")  # ours
+    gradient_checkpointing: bool = opt("model", False, "less memory, slower")  # ours
+    trust_remote_code: bool = opt("model", False, "run Python code that comes with it")  # ours
     threads: int = opt("model", 0, "CPU threads of torch, 0 = torch decides")  # ours
 
-    data: str = opt("data", "siyanzhao/Openthoughts_math_30k_opsd", "hub id, or .json, .jsonl or .parquet file")  # D7
+    data: str = opt(
+        "data", "siyanzhao/Openthoughts_math_30k_opsd", "hub id, or .json, .jsonl or .parquet file"
+    )  # D7
     split: str = opt("data", "train", "split of a hub dataset")  # D7
-    problem_column: str = opt("data", "problem", "column with x (names match in any case)")  # D7
-    solution_column: str = opt("data", "solution", "column with s*, the teacher's reference")  # D7
-    answer_column: str = opt("data", "Answer", "column with the gold answer for the reward")  # D7
-    eval_data: str = opt("data", "", "held-out problems, answered before and after training")  # ours
+    problem_column: str = opt("data", "problem", "column with x (in any case)")  # D7
+    solution_column: str = opt("data", "solution", "column with s*, the reference")  # D7
+    answer_column: str = opt("data", "Answer", "column with the answer for the reward")  # D7
+    eval_data: str = opt("data", "", "held-out problems, answered before and after")  # ours
     student_prompt: str = opt("data", STUDENT_PROMPT, "what the student is asked")  # D7
     teacher_prompt: str = opt("data", TEACHER_PROMPT, "what the teacher is asked")  # D7
-    thinking: bool = opt("data", False, "both contexts in thinking mode, where the chat template has one")  # D8
+    thinking: bool = opt("data", False, "both contexts in thinking mode, if there is one")  # D8
 
     gamma: float = opt("method", 0.3, "gate strength, Eq. 6; 0 is RLSD")  # Table A2
-    W: int = opt("method", 0, "lookahead in tokens, Eq. 8; 0 is EGRSD, above 0 CL-EGRSD")  # Table A2
+    W: int = opt("method", 0, "lookahead in tokens; 0: EGRSD, above: CL-EGRSD")  # Table A2
     eps: float = opt("method", 0.2, "clip of the magnitude, Eq. 2")  # Table A1
     beta_L: float = opt("method", 0.5, "bonus of a short right answer")  # Table A1
-    logit_temperature: float = opt("method", 1.0, "temperature of log-probabilities and entropies")  # D3
+    logit_temperature: float = opt("method", 1.0, "that of log p and entropy")  # D3
 
     batch_size: int = opt("step", 32, "rollouts of one step, over all GPUs")  # Table A1
-    rollouts_per_prompt: int = opt("step", 1, "rollouts of one problem in a step")  # Table A1
+    rollouts_per_prompt: int = opt("step", 1, "rollouts of one problem")  # Table A1
     lr: float = opt("step", 5e-6, "learning rate of AdamW, constant")  # Table A1, D11
-    max_grad_norm: float = opt("step", 0.1, "the step's gradient is clipped to this norm")  # Table A1
-    max_length: int = opt("step", 20_000, "most tokens of prompt + completion; longer are skipped")  # Table A1, D10
-    micro_batch_tokens: int = opt("step", 4_096, "padded tokens of one forward pass; the result is the same")  # ours
-    head_chunk: int = opt("step", 4_096, "tokens of one pass over the head; the result is the same")  # ours
+    max_grad_norm: float = opt("step", 0.1, "the gradient is clipped to this norm")  # Table A1
+    max_length: int = opt("step", 20_000, "tokens; longer problems are skipped")  # Table A1, D10
+    micro_batch_tokens: int = opt("step", 4_096, "padded tokens of one forward pass")  # ours
+    head_chunk: int = opt("step", 4_096, "tokens of one pass over the head")  # ours
 
-    rollout: str = opt("rollout", "auto", "engine; hf is transformers", "auto", "vllm", "hf")  # ours
-    rollout_tp: int = opt("rollout", 0, "GPUs that share one vLLM engine, 0 = as many as the heads allow")  # ours
-    max_completion: int = opt("rollout", 1_024, "cap of a completion in tokens, L_max")  # Table A1
+    engine: str = opt(
+        "rollout", "auto", "hf is transformers' generate", "auto", "vllm", "hf"
+    )  # ours
+    rollout_tp: int = opt("rollout", 0, "GPUs that share an engine, 0 = most that fit")  # ours
+    max_completion: int = opt("rollout", 1_024, "cap in tokens, L_max")  # Table A1
     temperature: float = opt("rollout", 1.1, "sampling temperature")  # Table A1
     top_p: float = opt("rollout", 0.95, "nucleus of the sampling")  # Table A1
-    top_k: int = opt("rollout", 20, "most tokens that the sampling considers, 0 = all")  # Table A1
+    top_k: int = opt("rollout", 20, "most tokens that it considers, 0 = all")  # Table A1
 
 
-# What --resume may change: how far and how fast a run goes, not what it computes; and an engine that fails.
-FREE_ON_RESUME = {"out", "resume", "overwrite", "steps", "save_every", "wandb", "attn", "gradient_checkpointing",
-                  "threads", "micro_batch_tokens", "head_chunk", "rollout", "rollout_tp"}
+# What --resume may change: how far and how fast a run goes, not what it computes.
+FREE_ON_RESUME = (
+    "out resume overwrite steps save_every wandb attn gradient_checkpointing threads "
+    "micro_batch_tokens head_chunk engine rollout_tp"
+).split()
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Settings from the command line: defaults, then the preset, then (with --resume) the run's own, then the options.
+    """Settings: defaults, then the preset, then (with --resume) the run's own, then the options.
 
     Exits with status 2 and a sentence where an option is unknown or a value makes no sense.
     """
     parser = make_parser(Settings, "egrsd.py", __doc__)
-    given = parser.parse_args(argv)  # a first time, for the preset and the run that set the other defaults
-    out = given.out or f"runs/{given.preset}"
-    saved = Path(out) / "settings.json"
-    run = {key: value for key, value in read_json(saved, {}).items() if given.resume and hasattr(given, key)}
-    own = {"out": out, "resume": False, "overwrite": False, "wandb": ""}  # of this start, never of the saved run
-    parser.set_defaults(**{**PRESETS[given.preset], **run, **own})
-    s = Settings(**{**vars(parser.parse_args(argv)), "out": out})
-    world = rank_and_world()[1]
-    changed = [f"--{key} {getattr(s, key)!r} (it has {value!r})" for key, value in run.items()
-               if key not in FREE_ON_RESUME and getattr(s, key) != value and latest_checkpoint(s)]
-    first_wrong([
-        (changed, f"--resume goes on with the settings of {saved}; these differ: {'; '.join(changed)}. Leave them out, "
-                  "or start a new run in another --out"),
-        (s.resume and s.overwrite, "--resume keeps the run and --overwrite deletes it: choose one"),
-        (s.steps < 0 or s.save_every < 1, "--steps must be at least 0 and --save_every at least 1"),
-        (not all(math.isfinite(x) for x in vars(s).values() if isinstance(x, float)), "numbers must be finite"),
-        (not (s.lr > 0 and s.max_grad_norm > 0 and s.beta_L >= 0 and 0 <= s.seed < 2**63 and s.threads >= 0
-              and s.rollout_tp >= 0), "--lr and --max_grad_norm must be above 0, --beta_L, --seed, --threads and "
-         "--rollout_tp at least 0"),
-        (not (s.gamma >= 0 and s.W >= 0 and 0 <= s.eps < 1), "--gamma and --W must be at least 0, --eps in [0, 1)"),
-        (not (s.temperature > 0 and s.logit_temperature > 0 and 0 < s.top_p <= 1 and s.top_k >= 0),
-         "temperatures must be above 0, --top_p in (0, 1] and --top_k at least 0"),
-        (min(s.batch_size, s.rollouts_per_prompt, s.max_completion, s.micro_batch_tokens, s.head_chunk, s.lora_r,
-             s.lora_alpha) < 1, "sizes must be at least 1"),
-        (s.batch_size % max(1, s.rollouts_per_prompt), f"--batch_size {s.batch_size} must be a multiple of "
-         f"--rollouts_per_prompt {s.rollouts_per_prompt}"),
-        (s.batch_size % world, f"--batch_size {s.batch_size} must be a multiple of the {world} processes"),
-        (s.wandb and not installed("wandb"), "--wandb: it is not installed (pip install wandb)"),
-        (s.max_completion >= s.max_length, "--max_length must leave room for a prompt beside --max_completion"),
-        ("{problem}" not in s.student_prompt or "{solution}" in s.student_prompt
-         or "{solution}" not in s.teacher_prompt,
-         "--student_prompt must hold {problem} and not {solution}, --teacher_prompt must hold {solution}"),
-    ], parser.error)
-    return s
+    # Parsed twice. The first time tells the preset and the run, whose values then become the
+    # defaults of the second time, so that an option on the command line always wins.
+    first = parser.parse_args(argv)
+    out = first.out or f"runs/{first.preset}"
+    run = {}
+    if first.resume:
+        run = run_folder.saved_settings(Path(out), names=vars(first))
+    parser.set_defaults(**PRESETS[first.preset])
+    parser.set_defaults(**run)
+    parser.set_defaults(resume=False, overwrite=False, wandb="")  # of this start, not of the run
+    given = parser.parse_args(argv)
+    given.out = out
+    fixed = {}
+    if run_folder.latest_checkpoint(Path(out)):
+        fixed = {name: value for name, value in run.items() if name not in FREE_ON_RESUME}
+    sentence = find_broken_rule(given, fixed, world=processes.rank_and_world()[1])
+    if sentence:
+        parser.error(sentence)
+    return Settings(**vars(given))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mathematics: pure functions of (B, T) right-padded tensors and their mask. Entropies and log-ratios are in nats.
+# --------------------------------------------------------------------------------------------------
+# Problems: what student and teacher are asked in one step
 
 
-def _check(name: str, value: Tensor, shape: tuple[int | str, ...] | torch.Size, mask: Tensor | None = None) -> None:
-    """A ValueError that names `value` unless it has this shape ("B" and "T" are any size), and no NaN under `mask`."""
-    if value.ndim != len(shape) or any(want not in (n, "B", "T") for want, n in zip(shape, value.shape)):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-    if (value if mask is None else value[mask.bool()]).isnan().any():
-        raise ValueError(f"{name} holds NaN")
+def next_problems(
+    problems: list[dict], tokenizer, s: Settings, position: int
+) -> tuple[list[dict], int, list[str]]:
+    """The problems of one step with both prompts, the position after them, the ids of the skipped.
+
+    `position` counts rows since the start of the run; each epoch has an order of its own.
+    """
+    batch = []
+    skipped = []
+    while len(batch) < s.batch_size // s.rollouts_per_prompt:  # Alg. 1, line 1
+        epoch, place = divmod(position, len(problems))
+        order = data.epoch_order(s.seed, epoch, len(problems))
+        row = dict(problems[order[place]])
+        position += 1
+        # The two contexts differ in what is asked, and in nothing else: same chat template, same
+        # generation prefix. So delta isolates what the reference adds. [D7]
+        student = data.fill(s.student_prompt, row)
+        teacher = data.fill(s.teacher_prompt, row)
+        row["prompt_ids"] = data.encode_prompt(tokenizer, student, s.thinking)
+        row["teacher_prompt_ids"] = data.encode_prompt(tokenizer, teacher, s.thinking)
+        longest = max(len(row["prompt_ids"]), len(row["teacher_prompt_ids"]))
+        if longest + s.max_completion <= s.max_length:
+            batch.append(row)
+            continue
+        # Never cut, since a cut reference is a different experiment. The next one takes its
+        # place: a step always has its full batch. [D10]
+        skipped.append(row["id"])
+        if not batch and len(skipped) >= 2 * len(problems):  # at least one whole epoch
+            console.fail(
+                f"no problem fits: prompt and --max_completion {s.max_completion} exceed "
+                f"--max_length {s.max_length}"
+            )
+    return batch, position, skipped
 
 
-def _check_mask(mask: Tensor) -> None:
-    _check("mask", mask, ("B", "T"))
-    if not mask.bool().any():
-        raise ValueError("mask has not a single token")
+# --------------------------------------------------------------------------------------------------
+# Rollout: vLLM inside the training process (colocated), with the adapter of the moment
+#
+# The engine has a copy of the base weights; the adapter is pushed to it after each step. It is
+# never merged into them: one step at 5e-6 would round away in bfloat16. [D11]
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as the largest rank
+
+
+def start_vllm(
+    model: str, device: torch.device, tp: int, max_length: int, lora_r: int = 0, **options: object
+):
+    """A vLLM engine inside this process, tensor-parallel over `tp` of torchrun's ranks."""
+    on_gpu = device.type == "cuda"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what we ask for
+    if not on_gpu:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes longer than it saves
+    from vllm import LLM
+
+    if lora_r:
+        options["enable_lora"] = True
+        options["max_loras"] = 1
+        options["max_lora_rank"] = next((r for r in LORA_RANKS if r >= lora_r), lora_r)
+    if processes.rank_and_world()[1] > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # torchrun's ranks
+    return LLM(
+        model=model,
+        dtype="bfloat16" if on_gpu else "float32",
+        tensor_parallel_size=tp,
+        max_model_len=max_length,
+        enforce_eager=not on_gpu,
+        skip_tokenizer_init=True,  # token ids go in and come out
+        seed=0,  # each request brings its own
+        logprobs_mode="raw_logprobs",  # comparable with the trainer's, whatever the sampling
+        **options,
+    )
+
+
+def vllm_generate(
+    llm,
+    lora,
+    eos_ids: list[int],
+    prompts: list[list[int]],
+    seeds: list[int],
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new: int,
+) -> Iterable[engines.Completion]:
+    """Yield (index, completion ids, raw log-probabilities in nats) as completions end.
+
+    vLLM sees the whole work list at once. A completion depends on its own seed, not on the others.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds)):
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k or -1,
+            max_tokens=max_new,
+            seed=seed,
+            stop_token_ids=eos_ids,
+            logprobs=0,  # that of the sampled token alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        tokens = {"prompt_token_ids": prompt}
+        engine.add_request(str(index), tokens, sampling, lora_request=lora)
+    while engine.has_unfinished_requests():
+        for done in engine.step():
+            ids = list(done.outputs[0].token_ids)
+            logps = [at[i].logprob for at, i in zip(done.outputs[0].logprobs, ids)]
+            yield int(done.request_id), ids, logps
+
+
+def start_colocated_vllm(
+    s: Settings, model, eos_ids: list[int], device: torch.device, tp: int
+) -> tuple[engines.Generate, Callable[[], None]]:
+    """-> generate(prompts, seeds, ...) with the adapter, and push(), which loads it anew."""
+    cache = engines.kv_cache_bytes(model.config, device, tp, cache_tokens(s, tp))
+    llm = start_vllm(
+        s.model,
+        device,
+        tp,
+        s.max_length,
+        s.lora_r,
+        trust_remote_code=s.trust_remote_code,
+        max_num_seqs=s.batch_size,
+        kv_cache_memory_bytes=cache,
+        gpu_memory_utilization=0.05,  # the line above decides; this share must be free at the start
+    )
+    from vllm.lora.request import LoRARequest
+
+    size = sum(p.numel() * p.element_size() for p in trainable(model).values())
+    folder = run_folder.adapter_shelf(Path(s.out), size)
+
+    def push() -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            save_student(model, folder)
+        processes.barrier()  # written before anyone reads
+        llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
+        # Without this the engine would serve what older weights computed: the prefix cache is
+        # keyed by the adapter's name, which stays.
+        if not llm.reset_prefix_cache():
+            console.fail("the rollout engine kept its prefix cache, which older weights computed")
+        processes.barrier()  # read before anyone writes again
+
+    # Without load_inplace, which would read the folder again for every token.
+    lora = LoRARequest("student", 1, str(folder))
+    return functools.partial(vllm_generate, llm, lora, eos_ids), push
+
+
+def cache_tokens(s: Settings, tp: int) -> int:
+    """Room in one engine's cache: for its rollouts of a step, as much again for their prompts, and
+    for one sequence of full length. No more, since training needs the memory."""
+    world = processes.rank_and_world()[1]
+    in_flight = s.batch_size * tp // world * 2 * s.max_completion
+    return max(s.max_length, in_flight)
+
+
+def start_engine(
+    s: Settings, model, eos_ids: list[int], device: torch.device, engine: str, tp: int
+) -> tuple[engines.Generate, Callable[[], None]]:
+    """-> sample(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push().
+
+    Each rank passes the prompts of all ranks and gets (index, ids, log-probabilities) of its own
+    share. push() makes the engine use the adapter as it is now.
+    """
+    if engine == "vllm":
+        generate, push = start_colocated_vllm(s, model, eos_ids, device, tp)
+    else:
+        generate = functools.partial(engines.hf_generate, model, eos_ids)
+
+        def push() -> None:
+            """transformers' generate runs the very model that is trained."""
+
+    def sample(prompts: list, seeds: list[int], **sampling) -> Iterable[engines.Completion]:
+        # The `tp` ranks of one engine draw the same completions, and each keeps its part of them.
+        rank, world = processes.rank_and_world()
+        rows = range(rank // tp, len(prompts), world // tp)
+        work = [prompts[i] for i in rows], [seeds[i] for i in rows]
+        for k, ids, logps in generate(*work, **sampling):
+            if k % tp == rank % tp:
+                yield rows[k], ids, logps
+
+    return sample, push
+
+
+def roll_out(
+    sample: engines.Generate,
+    batch: list[dict],
+    tokenizer,
+    eos_ids: list[int],
+    step: int | str,
+    s: Settings,
+    offset: int = 0,
+    **sampling: float,
+) -> list[dict]:
+    """Sample and grade a completion for each row of `batch`. -> rollouts of all ranks, in order.
+
+    A rollout is its row (id, problem, solution, answer, prompt_ids, teacher_prompt_ids) and step,
+    index (from `offset` on), seed, completion_ids, engine_logps (nats), text, graded_text,
+    truncated, reward, correct, extracted, status. train() adds its advantage.
+    """
+    prompts = [row["prompt_ids"] for row in batch]  # Alg. 1, line 2
+    seeds = [engines.rollout_seed(s.seed, step, offset + i) for i in range(len(batch))]
+    mine = []
+    drawn = sample(prompts, seeds, max_new=s.max_completion, **sampling)  # Alg. 1, line 3
+    for i, ids, logps in drawn:
+        rollout = {**batch[i], "step": step, "index": offset + i, "seed": seeds[i]}
+        rollout["completion_ids"] = ids
+        rollout["engine_logps"] = logps
+        rollout.update(data.read_completion(tokenizer, prompts[i], ids, eos_ids))
+        mine.append(rollout)
+    for rollout, (reward, grade) in zip(mine, compute_rewards(mine, s)):
+        rollout["reward"] = reward
+        rollout["correct"] = grade.correct
+        rollout["extracted"] = grade.answer
+        rollout["status"] = grade.status
+    return sorted(processes.gather(mine), key=lambda rollout: rollout["index"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Reward and direction: was this answer better than usual?
+
+
+def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grade]]:
+    """THE PLACE TO SWAP THE REWARD: rollouts -> (r, what to log) of each.
+
+    A rollout has problem, answer, graded_text, completion_ids, ... Only r trains; the Grade
+    (correct, answer, status) is for the log. Steps 0 to 9 subtract 0.5 from r, which suits rewards
+    between 0 and 1.5: see RewardStats.advantages. For plain correctness --beta_L 0 is enough.
+    """
+    texts = [r["graded_text"] for r in rollouts]
+    golds = [r["answer"] for r in rollouts]
+    rewards = []
+    for r, grade in zip(rollouts, grade_completions(texts, golds)):
+        length = len(r["completion_ids"])
+        reward = shaped_reward(grade.correct, length, s.max_completion, s.beta_L)
+        rewards.append((reward, grade))
+    return rewards
 
 
 def shaped_reward(correct: bool, length: int, max_completion: int, beta_L: float = 0.5) -> float:
-    """r = 1[correct] * (1 + beta_L * (1 - |y| / L_max)): from 1 for the longest right answer up to 1 + beta_L.
+    """r = 1[correct] * (1 + beta_L * (1 - |y| / L_max)): 1 for the longest right answer, then more.
 
-    `length` and `max_completion` (L_max, the completion cap and not the sequence window) are in tokens. Section 3.
+    `length` and `max_completion` (L_max, the completion cap, not the sequence window) are in
+    tokens. Section 3.
     """
     if max_completion < 1:
         raise ValueError(f"max_completion must be at least 1, got {max_completion}")
     if not 0 <= length <= max_completion:
-        raise ValueError(f"length must be between 0 and max_completion {max_completion}, got {length}")
-    return float(correct) * (1.0 + beta_L * (1.0 - length / max_completion))
+        raise ValueError(f"length must be from 0 to max_completion {max_completion}, got {length}")
+    return float(correct) * (1.0 + beta_L * (1.0 - length / max_completion))  # Alg. 1, line 4
 
 
 class RewardStats:
-    """Running mean and sample standard deviation (n - 1) of all rewards so far, by Welford's algorithm. Eq. 9 [D4]."""
+    """Running mean and sample standard deviation (n - 1) of all rewards so far. Eq. 9 [D4]
+
+    Welford's algorithm: one reward at a time, and no difference of two large sums.
+    """
 
     def __init__(self) -> None:
-        self.count, self.mean, self._m2 = 0, 0.0, 0.0  # _m2: sum of squared distances from the mean
+        self.count = 0
+        self.mean = 0.0
+        self._m2 = 0.0  # sum of squared distances from the mean
 
     @property
     def std(self) -> float:
-        return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 0.0
+        if self.count < 2:
+            return 0.0
+        return math.sqrt(self._m2 / (self.count - 1))
+
+    def advantages(self, rewards: Iterable[float] | Tensor, step: int) -> Tensor:
+        """(B,) A = (r - mean) / std over EARLIER steps: call before update(). Eq. 9 [D4]
+
+        Steps 0..9 use r - 0.5: too little history yet (Appendix B). While std < 1e-6, which means
+        that all rewards so far were equal, the difference is divided by 1 instead.
+        """
+        r = torch.as_tensor(list(rewards), dtype=torch.float64)
+        tensors.refuse_nan("rewards", r)
+        if step < 10:
+            return (r - 0.5).float()
+        sigma = self.std if self.std >= 1e-6 else 1.0
+        return ((r - self.mean) / sigma).float()  # Alg. 1, line 5, 6
 
     def update(self, rewards: Iterable[float] | Tensor) -> None:
         rewards = [float(r) for r in rewards]
@@ -233,508 +501,612 @@ class RewardStats:
             self.mean += distance / self.count
             self._m2 += distance * (r - self.mean)
 
-    def advantages(self, rewards: Iterable[float] | Tensor, step: int) -> Tensor:
-        """(B,) A = (r - mean) / std over EARLIER steps: call before update(). Steps 0..9 use r - 0.5. Eq. 9 [D4].
-
-        While std < 1e-6 (all rewards so far were equal) the difference is divided by 1 instead.
-        """
-        r = torch.as_tensor(list(rewards), dtype=torch.float64)
-        _check("rewards", r, (len(r),))
-        if step < 10:  # Appendix B: too little history yet
-            return (r - 0.5).float()
-        return ((r - self.mean) / (self.std if self.std >= 1e-6 else 1.0)).float()
-
     def state_dict(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "m2": self._m2}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.count, self.mean, self._m2 = int(state["count"]), float(state["mean"]), float(state["m2"])
+        self.count = int(state["count"])
+        self.mean = float(state["mean"])
+        self._m2 = float(state["m2"])
 
 
-def lookahead_min(entropy: Tensor, mask: Tensor, W: int) -> Tensor:
-    """(B, T) min of the entropy (nats) over [t, min(t+W, end of that completion)], in tokens; 0 on pads. Eq. 8."""
-    if not (math.isfinite(W) and W >= 0 and W == int(W)):
-        raise ValueError(f"W must be a whole number of tokens and not negative, got {W}")
-    _check_mask(mask)
-    _check("entropy", entropy, mask.shape, mask)
-    if not entropy.is_floating_point():
-        raise ValueError(f"entropy must be of a floating-point type, not {entropy.dtype}")
-    real = mask.bool()
-    padded = entropy.masked_fill(~real, math.inf)  # a pad never is the minimum: windows end with the completion
-    lowest = padded.clone()
-    for ahead in range(1, min(int(W), entropy.shape[1] - 1) + 1):
-        lowest[:, :-ahead] = torch.minimum(lowest[:, :-ahead], padded[:, ahead:])
-    return lowest.masked_fill(~real, 0.0)
+# --------------------------------------------------------------------------------------------------
+# One model, two roles: with its adapter it is the student, without it the teacher
 
 
-def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, W: int,
-                    max_entropy: float | Tensor | None = None) -> Tensor:
-    """(B, T) omega = clip(1 - gamma * H_hat, 0.1, 1) on real tokens, 0 on pads. Eq. 5, 6, 8.
+def add_adapter(base, s: Settings):
+    """The student: the frozen base and a fresh float32 LoRA adapter. Section 5.1 [D11]
 
-    `entropy` (B, T) is the teacher's, in nats. `max_entropy` is the largest raw entropy of the whole step where that
-    spans more than this tensor [D2]. The denominator is the maximum BEFORE the lookahead, at least 1 nat [D1].
+    Its B is 0, so that student and base start equal.
     """
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma must be finite and not negative, got {gamma}")
-    ahead = lookahead_min(entropy, mask, W)  # (B, T); Alg. 1, line 11, 12, 13
-    raw_max = entropy[mask.bool()].max() if max_entropy is None else torch.as_tensor(max_entropy).to(entropy)  # ()
-    _check("max_entropy", raw_max, ())
-    if not raw_max.isfinite():
-        raise ValueError("entropy or max_entropy is infinite")
-    H_hat = ahead / raw_max.clamp(min=1.0)  # (B, T), in [0, 1]; Alg. 1, line 14
-    omega = (1.0 - gamma * H_hat).clamp(0.1, 1.0)  # (B, T); Alg. 1, line 15
-    return omega.masked_fill(~mask.bool(), 0.0)
+    torch.manual_seed(s.seed)  # the same on every rank
+    from peft import LoraConfig, get_peft_model
+
+    targets = [name.strip() for name in s.lora_targets.split(",")]
+    models.check_targets(base, targets, s.model)
+    config = LoraConfig(
+        r=s.lora_r, lora_alpha=s.lora_alpha, lora_dropout=0.0, target_modules=targets
+    )
+    model = get_peft_model(base, config)
+    if s.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.eval()
 
 
-def evidence_magnitude(teacher_logp: Tensor, student_logp: Tensor, direction: Tensor, eps: float = 0.2) -> Tensor:
-    """(B, T) w = clip(exp(D * delta), 1 - eps, 1 + eps), detached, from two (B, T) log-probabilities in nats. Eq. 2.
+def as_teacher(model) -> contextlib.AbstractContextManager:
+    """Inside `with as_teacher(model):` the adapter is off, and the model is the frozen teacher."""
+    return model.disable_adapter()
 
-    `direction` is D = sign(A), (B,). D = 0 gives w = 1 [D5]. There is no mask here: pads must hold numbers too.
+
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    """The student's own parameters: those of its adapter."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_student(model, folder: Path) -> None:
+    """A plain PEFT adapter, which loads anywhere."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def load_student(model, folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def teacher_state(model) -> dict[str, Tensor]:
+    """What a checkpoint must keep of the teacher: nothing, since it is frozen."""
+    return {}
+
+
+def hidden_states(model, ids: Tensor) -> Tensor:
+    """(B, L, d) last hidden states of (B, L) right-padded ids: everything but the head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(base, base.base_model_prefix)
+    # No attention mask: attention is causal, so that no token sees the pads, which come after it.
+    with models.autocast(ids.device):
+        return backbone(input_ids=ids, attention_mask=None, use_cache=False).last_hidden_state
+
+
+def completion_hidden(model, rollouts: list[dict], prompts: str) -> tuple[Tensor, Tensor]:
+    """(N, d) hidden states and the (N,) completion tokens that they predict, row after row.
+
+    `prompts` is the key of the prompt ids: "prompt_ids" is what the student sees,
+    "teacher_prompt_ids" what the teacher sees. Prompts and pads never reach the head.
     """
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    _check("teacher_logp", teacher_logp, ("B", "T"))
-    _check("student_logp", student_logp, teacher_logp.shape)
-    _check("direction", direction, teacher_logp.shape[:1])
-    D = direction.to(teacher_logp)[:, None]  # (B, 1)
-    delta = (teacher_logp - student_logp).detach()  # (B, T); Alg. 1, line 16
-    exponent = torch.where(D == 0, 0.0, D * delta)  # not 0 * inf
-    return exponent.exp().clamp(1.0 - eps, 1.0 + eps)  # (B, T); Alg. 1, line 17
+    device = models.head_of(model).device
+    rows = [torch.tensor(r[prompts] + r["completion_ids"]) for r in rollouts]
+    ids = pad_sequence(rows, batch_first=True).to(device)  # (B, L)
+    hidden = hidden_states(model, ids)  # (B, L, d)
+    kept = []
+    targets = []
+    for h, row, r in zip(hidden, ids, rollouts):
+        start = len(r[prompts])
+        end = start + len(r["completion_ids"])
+        kept.append(h[start - 1 : end - 1])  # position t predicts token t + 1
+        targets.append(row[start:end])
+    return torch.cat(kept), torch.cat(targets)
 
 
-def token_advantages(advantages: Tensor, magnitude: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) A_hat = A * w * omega, detached, 0 on pads; `advantages` is (B,), the others (B, T). Eq. 7."""
-    _check_mask(mask)
-    _check("advantages", advantages, mask.shape[:1])
-    _check("magnitude", magnitude, mask.shape, mask)
-    _check("gate", gate, mask.shape, mask)
-    A_hat = advantages[:, None] * magnitude * gate  # (B, T); Alg. 1, line 18
-    return A_hat.masked_fill(~mask.bool(), 0.0).detach()
+def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[dict]]:
+    """Consecutive groups of at most `budget` padded tokens, but for a single longer row."""
+    groups = []
+    width = 0  # of the group's longest row
+    for r in rollouts:
+        length = len(r[prompts]) + len(r["completion_ids"])
+        width = max(width, length)
+        if not groups or (len(groups[-1]) + 1) * width > budget:
+            groups.append([])
+            width = length
+        groups[-1].append(r)
+    return groups
 
 
-# The head is most of a naive trainer's memory: [N, V] float32 logits of 4 x 1,024 tokens are 2.5 GB at V = 151,936,
-# and autograd keeps several such tensors. Here `chunk` tokens are multiplied by 8,192 rows of the head at a time, and
-# only the running sums of an online softmax outlive a tile. The student needs no autograd in here either:
-#     d log p(y) / d hidden = head[y] - sum_v p(v) head[v]
-VOCAB_TILE = 8_192  # ours: 640 tokens, d 512, V 151,936 on two CPU cores: 2.1 s, all of V at once 2.8 s; GPU unmeasured
+# --------------------------------------------------------------------------------------------------
+# The head: from (N, d) hidden states to log-probabilities, without their (N, V) logits
+#
+# The logits are most of a naive trainer's memory: in float32 those of 4 x 1,024 tokens are 2.5 GB
+# at V = 151,936, and autograd keeps several such tensors. Here `chunk` tokens meet 8,192 rows of
+# the head at a time, and only sums over the vocabulary outlive a tile. The student needs no
+# autograd in here either, since the gradient is known in closed form:
+#
+#     d log p(y) / d hidden = W[y] - sum over v of p(v) W[v]
+
+VOCAB_TILE = 8_192  # ours: d 512, V 151,936, two CPU cores: 2.1 s, all of V 2.8 s; GPU unmeasured
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in float32: logits rounded to bfloat16 would blur each delta by up to 0.1 nat."""
+    """a @ b, accumulated and returned in float32: bfloat16 logits would blur delta by 0.1 nat."""
     if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
-def _head_pass(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int,
-               gradient: bool) -> tuple[Tensor, Tensor]:
-    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} must be (N, d), head_weight {tuple(head_weight.shape)} (V, d)")
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk must be a whole number of tokens, at least 1, got {chunk}")
-    (N, d), V = hidden.shape, head_weight.shape[0]
-    _check("hidden", hidden, (N, d))
-    _check("targets", targets, (N,))
-    if targets.is_floating_point() or N and not 0 <= int(targets.min()) <= int(targets.max()) < V:
-        raise ValueError(f"targets must be token ids in [0, {V})")
-    all_logp = hidden.new_empty(N, dtype=torch.float32)  # (N,)
-    extra = hidden.new_empty((N, d) if gradient else (N,), dtype=torch.float32)  # dlogp/dhidden or H
-    for rows in torch.arange(N, device=hidden.device).split(chunk):
-        h, head_y = hidden[rows], head_weight[targets[rows]].float()  # (n, d), (n, d)
-        z_y = (h.float() * head_y).sum(1, keepdim=True)  # (n, 1), the target's logit
-        top = h.new_full((len(rows), 1), -1e30, dtype=torch.float32)  # running maximum; finite, as -inf - -inf is NaN
-        total = torch.zeros_like(top)  # sum_v e^(z_v - top)
-        moment = h.new_zeros(h.shape if gradient else (len(rows), 1), dtype=torch.float32)
+def _softmax_of_tile(hidden: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(n, v) logits minus their largest, (n, v) their e^z, (n,) its sum, (n,) log-sum-exp."""
+    z = _matmul(hidden, tile.T)
+    top = z.amax(1, keepdim=True)
+    z -= top
+    z.clamp_(min=-80.0)  # e^-80 counts for nothing, and below e^-87 a CPU is 20 times slower
+    e = z.exp()
+    total = e.sum(1)
+    return z, e, total, top.squeeze(1) + total.log()
+
+
+@torch.no_grad()
+def _logprob_and_entropy(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    logps = []
+    entropies = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # (n, d), (n,)
+        # The softmax over all tiles so far: the log of its sum of e^z, and its entropy.
+        log_Z = h.new_full((len(h),), -math.inf, dtype=torch.float32)  # (n,)
+        H = torch.zeros_like(log_Z)  # (n,)
         for tile in head_weight.split(VOCAB_TILE):  # (v, d)
-            z = _matmul(h, tile.T)  # (n, v)
-            new_top = torch.maximum(top, z.amax(1, keepdim=True))
-            shift = top - new_top  # <= 0: the old sums shrink by e^shift
-            z -= new_top
-            e = z.exp()  # (n, v)
-            if gradient:  # moment = sum_v e^(z_v - top) head[v]
-                moment = moment * shift.exp() + _matmul(e.to(tile.dtype), tile)
-            else:  # moment = sum_v e^(z_v - top) (z_v - top)
-                moment = (moment + shift * total) * shift.exp() + (z * e).sum(1, keepdim=True)
-            total = total * shift.exp() + e.sum(1, keepdim=True)
-            top = new_top
-        all_logp[rows] = (z_y - top - total.log()).squeeze(1)
-        extra[rows] = head_y - moment / total if gradient else (total.log() - moment / total).squeeze(1)
-    _check("head_weight or hidden", all_logp, (N,))
-    return all_logp, extra
+            z, e, total, log_z = _softmax_of_tile(h, tile)
+            H_tile = total.log() - (z * e).sum(1) / total  # entropy inside the tile
+            share = torch.sigmoid(log_z - log_Z)  # of this tile in the sum so far: 1 for the first
+            # The chain rule of entropy: which part is it in, and which token inside that part?
+            inside = (1 - share) * H + share * H_tile
+            H = inside + torch.special.entr(share) + torch.special.entr(1 - share)
+            log_Z = torch.logaddexp(log_Z, log_z)
+        z_y = (h.float() * head_weight[y].float()).sum(1)  # (n,) the target's logit
+        logps.append(z_y - log_Z)
+        entropies.append(H)
+    return torch.cat(logps), torch.cat(entropies)
 
 
 @torch.no_grad()
-def logprob_and_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """(N,) log p(target) and (N,) entropy in nats, float32, of softmax(hidden @ head_weight.T). Eq. 4.
+def _logprob_and_gradient(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    logps = []
+    gradients = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # (n, d), (n,)
+        log_Z = h.new_full((len(h),), -math.inf, dtype=torch.float32)  # (n,)
+        mean_row = torch.zeros_like(h, dtype=torch.float32)  # (n, d) E[W[v]] over all tiles so far
+        for tile in head_weight.split(VOCAB_TILE):  # (v, d)
+            _, e, total, log_z = _softmax_of_tile(h, tile)
+            mean_of_tile = _matmul(e.to(tile.dtype), tile) / total[:, None]  # (n, d)
+            share = torch.sigmoid(log_z - log_Z)[:, None]  # (n, 1), as above
+            mean_row = (1 - share) * mean_row + share * mean_of_tile
+            log_Z = torch.logaddexp(log_Z, log_z)
+        row_y = head_weight[y].float()  # (n, d)
+        logps.append((h.float() * row_y).sum(1) - log_Z)
+        gradients.append(row_y - mean_row)
+    return torch.cat(logps), torch.cat(gradients)
 
-    `hidden` (N, d), `head_weight` (V, d), `targets` (N,) token ids; `chunk` tokens are treated at a time.
+
+def logprob_and_entropy(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """(N,) log p(target), (N,) entropy, in nats, of softmax(hidden @ head_weight.T). Eq. 4
+
+    `hidden` (N, d), `head_weight` (V, d), `targets` (N,) token ids; `chunk` tokens at a time.
     """
-    return _head_pass(hidden, head_weight, targets, chunk, gradient=False)
+    tensors.check_head_input(hidden, head_weight, targets, chunk)
+    logp, H = _logprob_and_entropy(hidden, head_weight, targets, chunk)
+    tensors.refuse_nan("head_weight or hidden", logp)
+    return logp, H
+
+
+def logprob_and_gradient(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """(N,) log p(target) and its (N, d) gradient with respect to `hidden`, float32.
+
+    Shapes as above. Eq. 7 is then one call: hidden.backward(-(A_hat / M)[:, None] * gradient).
+    """
+    tensors.check_head_input(hidden, head_weight, targets, chunk)
+    logp, gradient = _logprob_and_gradient(hidden, head_weight, targets, chunk)
+    tensors.refuse_nan("head_weight or hidden", logp)
+    return logp, gradient
 
 
 @torch.no_grad()
-def logprob_and_gradient(hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """(N,) log p(target) and its (N, d) gradient with respect to `hidden`, head[y] - E_softmax[head]; float32.
+def score_completions(
+    model, rollouts: list[dict], prompts: str, s: Settings
+) -> tuple[Tensor, Tensor]:
+    """(N,) log p(y) and (N,) entropy, in nats, of all completion tokens, row after row. [D3]
 
-    Shapes as in logprob_and_entropy. Eq. 7 is then one call: hidden.backward(-(A_hat / M)[:, None] * gradient).
+    `prompts` is the key of the prompt ids, see completion_hidden. What is not finite becomes NaN,
+    and no exception: that would leave the other ranks waiting.
     """
-    return _head_pass(hidden, head_weight, targets, chunk, gradient=True)
+    head = models.head_of(model)
+    logps = []
+    entropies = []
+    for part in micro_batches(rollouts, prompts, s.micro_batch_tokens):
+        hidden, y = completion_hidden(model, part, prompts)  # (n, d), (n,)
+        hidden = hidden / s.logit_temperature  # divides the logits
+        logp, H = _logprob_and_entropy(hidden, head, y, s.head_chunk)  # Alg. 1, line 7, 8, 9, 10
+        logps.append(logp)
+        entropies.append(H)
+    return torch.cat(logps), torch.cat(entropies)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollout: the step's problems, an engine with the current adapter, completions, rewards
+# --------------------------------------------------------------------------------------------------
+# Confidence, magnitude, and their product: functions of (B, T) right-padded tensors and their mask
 
 
-def next_problems(problems: list[dict], tokenizer, s: Settings, position: int) -> tuple[list[dict], int, list[str]]:
-    """The problems of one step with their prompts, the data position after them, the ids of those that do not fit."""
-    batch, skipped = [], []
-    while len(batch) < s.batch_size // s.rollouts_per_prompt:
-        epoch, place = divmod(position, len(problems))
-        row = problems[epoch_order(s.seed, epoch, len(problems))[place]]
-        position += 1
-        row = {**row, "prompt_ids": encode_prompt(tokenizer, fill(s.student_prompt, row), s.thinking),
-               "teacher_ids": encode_prompt(tokenizer, fill(s.teacher_prompt, row), s.thinking)}
-        if max(len(row["prompt_ids"]), len(row["teacher_ids"])) + s.max_completion <= s.max_length:
-            batch.append(row)
-            continue
-        skipped.append(row["id"])  # [D10] never cut, since a cut reference is a different experiment
-        if not batch and len(skipped) >= 2 * len(problems):  # a whole epoch at least, wherever this step began
-            fail(f"no problem fits: prompt and --max_completion {s.max_completion} exceed --max_length {s.max_length}")
-    return batch, position, skipped
+def lookahead_min(entropy: Tensor, mask: Tensor, W: int) -> Tensor:
+    """(B, T) lowest entropy (nats) over [t, min(t + W, end of that completion)]; 0 on pads. Eq. 8
 
-
-def start_engine(s: Settings, model, ends: list[int], device: torch.device, engine: str,
-                 tp: int) -> tuple[Draw, Callable[[], None]]:
-    """-> draw(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push(), which loads the current adapter.
-
-    vLLM runs inside this process (colocated) and reads the adapter from a folder, in memory where there is a RAM disk.
-    It is never merged: bfloat16 would round the update away. The prefix cache goes with each push, or the engine would
-    serve what older weights computed.
+    W in tokens; W = 0 is the identity. A long uncertain stretch (a fork) stays high, a moment of
+    doubt that resolves within W tokens (a pivot) becomes low.
     """
-    if engine == "hf":
-        return functools.partial(sample, functools.partial(hf_generate, model, ends), tp), lambda: None
-    llm = start_vllm(s.model, device, tp, s.max_length, s.lora_r, trust_remote_code=s.trust_remote_code,
-                     kv_cache_memory_bytes=kv_cache_bytes(s, model.config, device, tp), max_num_seqs=s.batch_size,
-                     gpu_memory_utilization=0.05)  # the line above decides, but this share must be free at the start
-    from vllm.lora.request import LoRARequest
-    need = 8 * sum(p.numel() for p in trainable(model).values())  # twice its size: a container may have only 64 MB
-    in_ram = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > need
-    shelf, name = Path("/dev/shm") if all(gather([in_ram])) else Path(s.out).resolve(), str(Path(s.out).resolve())
-    folder = shelf / f".egrsd-{hashlib.sha256(name.encode()).hexdigest()[:12]}-{os.environ.get('GROUP_RANK', 0)}"
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-    def push() -> None:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            model.save_pretrained(folder, save_embedding_layers=False)
-        barrier()  # written before anyone reads
-        llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
-        if not llm.reset_prefix_cache():
-            fail("the rollout engine kept its prefix cache, which older weights computed")
-        barrier()  # read before anyone writes again
-
-    # without load_inplace, which would read the folder again for every token
-    generate = functools.partial(vllm_generate, llm, LoRARequest("student", 1, str(folder)), ends)
-    return functools.partial(sample, generate, tp), push
+    tensors.check_lookahead_input(entropy, mask, W)
+    real = mask.bool()
+    padded = entropy.masked_fill(~real, math.inf)  # a pad is never the minimum
+    lowest = padded.clone()
+    for ahead in range(1, min(int(W), entropy.shape[1] - 1) + 1):  # Alg. 1, line 11, 12, 13
+        lowest[:, :-ahead] = torch.minimum(lowest[:, :-ahead], padded[:, ahead:])
+    return lowest.masked_fill(~real, 0.0)
 
 
-def roll_out(draw: Draw, batch: list[dict], tokenizer, ends: list[int], step: int | str, s: Settings,
-             offset: int = 0, **how: object) -> list[dict]:
-    """Sample and grade a completion for each row of `batch`. -> rollouts, on every rank, numbered from `offset` on.
+def confidence_gate(
+    entropy: Tensor,
+    mask: Tensor,
+    gamma: float,
+    W: int,
+    max_entropy: float | Tensor | None = None,
+) -> Tensor:
+    """(B, T) omega = clip(1 - gamma * H_hat, 0.1, 1) on real tokens, 0 on pads. Eq. 5, 6, 8
 
-    A rollout is its row (id, problem, solution, answer, prompt_ids, teacher_ids) and step, index, seed, completion_ids,
-    engine_logps (nats), text, graded_text, truncated, reward, correct, extracted, status; train() adds advantage.
+    `entropy` (B, T) is the teacher's, in nats. `max_entropy` is the highest raw entropy of the
+    whole step, where that spans more than this tensor [D2].
     """
-    seeds = [rollout_seed(s.seed, step, offset + i) for i in range(len(batch))]
-    drawn = draw([row["prompt_ids"] for row in batch], seeds, max_new=s.max_completion, **how)  # Alg. 1, line 3
-    rollouts = [{**row, "step": step, "index": index, "seed": seed, "completion_ids": ids, "engine_logps": logps,
-                 **read_completion(tokenizer, row["prompt_ids"], ids, ends)}
-                for index, (row, seed, (ids, logps)) in enumerate(zip(batch, seeds, drawn), offset)]
-    rank, world = rank_and_world()
-    mine = range(rank, len(rollouts), world)  # each rank grades its share
-    for i, (reward, grade) in gather(list(zip(mine, compute_rewards([rollouts[i] for i in mine], s)))):
-        rollouts[i] |= {"reward": reward, "correct": grade.correct, "extracted": grade.answer, "status": grade.status}
-    return rollouts
+    lowest = lookahead_min(entropy, mask, W)  # (B, T)
+    if max_entropy is None:
+        max_entropy = entropy[mask.bool()].max()
+    H_max = torch.as_tensor(max_entropy).to(entropy)  # (), BEFORE the lookahead [D1]
+    tensors.check_gate_input(gamma, H_max)
+    H_hat = lowest / H_max.clamp(min=1.0)  # (B, T), in [0, 1]; Alg. 1, line 14
+    omega = (1.0 - gamma * H_hat).clamp(0.1, 1.0)  # (B, T); Alg. 1, line 15
+    return omega.masked_fill(~mask.bool(), 0.0)
 
 
-def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grade]]:
-    """THE PLACE TO SWAP THE REWARD: rollouts (graded_text, answer, completion_ids, ...) -> (r, what to log) of each.
+def evidence_magnitude(
+    teacher_logp: Tensor, student_logp: Tensor, direction: Tensor, eps: float = 0.2
+) -> Tensor:
+    """(B, T) w = clip(exp(D * delta), 1 - eps, 1 + eps), detached, from log-probabilities. Eq. 2
 
-    Only r trains; the Grade (correct, answer, status) is for the log. Steps 0 to 9 subtract 0.5 from r, which suits
-    rewards between 0 and 1.5: see RewardStats.advantages. For plain correctness --beta_L 0 is enough.
+    Both are (B, T), in nats. `direction` is D = sign(A), (B,). D = 0 gives w = 1 [D5]. There is no
+    mask here: pads must hold numbers too. accumulate_gradient writes the same on flat tensors.
     """
-    grades = grade_completions([r["graded_text"] for r in rollouts], [r["answer"] for r in rollouts])
-    return [(shaped_reward(grade.correct, len(r["completion_ids"]), s.max_completion, s.beta_L), grade)
-            for r, grade in zip(rollouts, grades)]  # Alg. 1, line 4
+    tensors.check_magnitude_input(teacher_logp, student_logp, direction, eps)
+    D = direction.to(teacher_logp)[:, None]  # (B, 1)
+    delta = (teacher_logp - student_logp).detach()  # (B, T)
+    exponent = torch.where(D == 0, 0.0, D * delta)  # not 0 * inf
+    return exponent.exp().clamp(1.0 - eps, 1.0 + eps)
 
 
-def evaluate(name: str, rows: list[dict], draw: Draw, tokenizer, ends: list[int], s: Settings) -> dict[str, float]:
-    """Accuracy in % and mean length in tokens on held-out rows, one sample each at temperature 1, top-p 0.95."""
-    done = []
-    with progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
-        for start in range(0, len(rows), 256):
-            done += roll_out(draw, rows[start : start + 256], tokenizer, ends, "evaluation", s, start,
-                             temperature=1.0, top_p=0.95, top_k=0)
-            bar.update(len(done) - bar.n)
-            bar.set_postfix(right=f"{sum(r['correct'] for r in done) / len(done):.1%}")
-    return {"accuracy": round(100 * sum(r["correct"] for r in done) / len(done), 2),
-            "length": round(sum(len(r["completion_ids"]) for r in done) / len(done), 2), "samples": len(done)}
+def token_advantages(advantages: Tensor, magnitude: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) A_hat = A * w * omega, detached, 0 on pads; `advantages` is (B,). Eq. 7"""
+    tensors.check_product_input(advantages, magnitude, gate, mask)
+    A_hat = advantages[:, None] * magnitude * gate
+    return A_hat.masked_fill(~mask.bool(), 0.0).detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two passes: teacher without gradient, student with. What a step computes depends on its rollouts alone.
+# --------------------------------------------------------------------------------------------------
+# The step: Algorithm 1 from line 7 to line 19
 
 
-def pad(rows: list, device: torch.device | str = "cpu") -> Tensor:
-    """(B, T) from B lists or 1-D tensors, right-padded with 0."""
-    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
+def accumulate_gradient(
+    model, rollouts: list[dict], s: Settings
+) -> tuple[list[dict], dict[str, Tensor]]:
+    """Leave the gradient of the whole step in .grad, on every rank.
 
-
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Row indices, longest first, in groups whose padded tokens stay within the budget, but for a single longer row."""
-    groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
-
-
-def completion_hidden(model, prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(N, d) hidden states and the (N,) completion tokens that they predict, row after row: only these reach the head.
-
-    Right padding and no attention mask: attention is causal, so that no token sees the pads, which come after it.
+    `rollouts` are those of all ranks, in the same order on each, with prompt_ids,
+    teacher_prompt_ids, completion_ids and advantage. What it leaves depends on them alone: ranks
+    and micro-batches change nothing but rounding [D2].
+    -> this rank's share of the rollouts, and flat (N,) tensors over their completion tokens, row
+    after row: logp_T, H, omega, logp, raw_logp (at temperature 1), w, loss. For the log.
     """
-    ids = pad([p + y for p, y in zip(prompts, completions)], head_of(model).device)  # (b, L)
-    rows = list(zip(hidden_states(model, ids), ids, map(len, prompts), map(len, completions)))  # of (L, d), (L,), ...
-    return torch.cat([h[p - 1 : p + n - 1] for h, _, p, n in rows]), torch.cat([i[p : p + n] for _, i, p, n in rows])
+    rank, world = processes.rank_and_world()
+    head = models.head_of(model)
 
-
-@torch.no_grad()
-def teacher_pass(model, rollouts: list[dict], s: Settings) -> tuple[Tensor, Tensor]:
-    """(B, T) log p_T(y) and H, in nats, of the frozen teacher: adapter off, reference shown. NaN where not finite."""
-    head, logps, entropies = head_of(model), [None] * len(rollouts), [None] * len(rollouts)
-    lengths = [len(r["teacher_ids"]) + len(r["completion_ids"]) for r in rollouts]
-    with model.disable_adapter():
-        for rows in micro_batches(lengths, s.micro_batch_tokens):
-            completions = [rollouts[i]["completion_ids"] for i in rows]
-            hidden, y = completion_hidden(model, [rollouts[i]["teacher_ids"] for i in rows], completions)  # (N, d)
-            if hidden.isfinite().all():
-                logp, H = logprob_and_entropy(hidden / s.logit_temperature, head, y, s.head_chunk)  # (N,), (N,) [D3]
-            else:  # no exception, which would leave the other ranks waiting: train() looks for NaN
-                logp = H = hidden.new_full((len(y),), math.nan, dtype=torch.float32)
-            sizes = [len(completion) for completion in completions]
-            for i, row_logp, row_H in zip(rows, logp.split(sizes), H.split(sizes)):
-                logps[i], entropies[i] = row_logp, row_H
-    return pad(logps, head.device), pad(entropies, head.device)
-
-
-def accumulate_gradient(model, rollouts: list[dict], s: Settings) -> dict[str, float | None]:
-    """Leave the gradient of the whole step in .grad, on every rank; -> the whole step's figures. Alg. 1, lines 7 to 19.
-
-    `rollouts` are those of all ranks, in the same order on each, with prompt_ids, teacher_ids, completion_ids,
-    engine_logps, correct and advantage. Each rank takes an equal share of them. The maximum of Eq. 5 and the token
-    count of Eq. 7 span the step [D2], so that ranks and micro-batches change nothing but rounding.
-    """
-    rank, world = rank_and_world()
-    mine = sorted(rollouts, key=lambda r: len(r["completion_ids"]))[rank::world]  # no rank gets all the long ones
-    head = head_of(model)
+    # Longest first, dealt out in turn: no rank gets all the long ones, and little is padded.
+    by_length = sorted(rollouts, key=lambda r: len(r["prompt_ids"]) + len(r["completion_ids"]))
+    mine = by_length[::-1][rank::world]
+    M = sum(len(r["completion_ids"]) for r in rollouts)  # tokens of all ranks
     lengths = torch.tensor([len(r["completion_ids"]) for r in mine], device=head.device)  # (B,)
-    mask = torch.arange(int(lengths.max()), device=head.device) < lengths[:, None]  # (B, T)
-    M = sum(len(r["completion_ids"]) for r in rollouts)
     A = torch.tensor([r["advantage"] for r in mine], device=head.device)  # (B,)
+    A = A.repeat_interleave(lengths)  # (N,), a rollout's own at each of its tokens
 
+    # Lines 7 to 10. The teacher reads every completion, with the reference in its prompt: what does
+    # it think of each token (log p_T), and how sure is it of what comes next (H)?
     model.eval()
-    teacher_logp, H = teacher_pass(model, mine, s)  # (B, T); Alg. 1, line 7, 8, 9, 10 (p_S of line 7 is below)
-    H_max = reduce_(H[mask].nan_to_num(math.inf, math.inf).max(), "MAX")  # () over all ranks [D2]
-    if not H_max.isfinite():  # the same on every rank, so that none is left waiting
-        return {"loss": math.nan}
-    omega = confidence_gate(H, mask, s.gamma, s.W, H_max)  # (B, T)
+    with as_teacher(model):
+        logp_T, H = score_completions(model, mine, "teacher_prompt_ids", s)  # (N,), (N,)
 
+    # Lines 11 to 15. Its entropies become the gate. One maximum for the whole step, over all ranks
+    # and micro-batches [D2].
+    H_max = processes.reduce_(H.nan_to_num(math.inf, math.inf).max(), "MAX")  # ()
+    H_rows = pad_sequence(H.split(lengths.tolist()), batch_first=True)  # (B, T)
+    mask = torch.arange(H_rows.shape[1], device=head.device) < lengths[:, None]  # (B, T)
+    if H_max.isfinite():
+        omega = confidence_gate(H_rows, mask, s.gamma, s.W, H_max)[mask]  # (N,)
+    else:
+        omega = torch.full_like(H, math.nan)  # on every rank: train() sees a loss of NaN, and stops
+
+    # Lines 16 to 19. The student reads the same completions without the reference, one micro-batch
+    # at a time, and each token's gradient is weighed by what the three signals say of it.
     for p in trainable(model).values():
-        p.grad = torch.zeros_like(p)  # not None: every rank joins the reduction, even one whose passes all fail
+        p.grad = torch.zeros_like(p)  # not None: every rank has a gradient to reduce
     model.train(s.gradient_checkpointing)  # transformers checkpoints only in training mode
-    sums = dict.fromkeys(("loss", "magnitude", "clipped", "delta_right", "delta_wrong", "right", "canary"), 0.0)
-    for rows in micro_batches([len(r["prompt_ids"]) + len(r["completion_ids"]) for r in mine], s.micro_batch_tokens):
-        part, real = [mine[i] for i in rows], mask[rows]  # real: (b, T)
-        hidden, y = completion_hidden(model, [r["prompt_ids"] for r in part], [r["completion_ids"] for r in part])
-        hidden = hidden / s.logit_temperature  # (N, d): divides the logits and scales the gradient [D3]
-        if not hidden.isfinite().all():
-            sums["loss"] = math.nan  # train() sees it on every rank
-            continue
-        logp, dlogp = logprob_and_gradient(hidden.detach(), head, y, s.head_chunk)  # (N,), (N, d); log p_S [D6]
-        student_logp = torch.zeros_like(H[rows]).masked_scatter_(real, logp)  # (b, T)
-        w = evidence_magnitude(teacher_logp[rows], student_logp, A[rows].sign(), s.eps)  # (b, T) [D5]
-        A_hat = token_advantages(A[rows], w, omega[rows], real)[real]  # (N,)
-        loss = -A_hat * logp / M  # (N,), its sum over the step is the loss; Alg. 1, line 19
-        hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))  # dL/dhidden, with A_hat a constant
+    done = {"logp": [], "raw_logp": [], "w": [], "loss": []}
+    start = 0
+    for part in micro_batches(mine, "prompt_ids", s.micro_batch_tokens):
+        hidden, y = completion_hidden(model, part, "prompt_ids")  # (n, d), (n,)
+        hidden = hidden / s.logit_temperature  # divides the logits, and scales the gradient [D3]
+        logp, dlogp = _logprob_and_gradient(hidden.detach(), head, y, s.head_chunk)  # (n,), (n, d)
+        now = slice(start, start + len(y))
+        start = now.stop
 
-        # the rest of this loop only fills the log
-        raw = logp  # (N,) at temperature 1, as the engine's
+        # log p_S is this very pass, detached: each rollout is used once, so that there is no older
+        # policy and no importance ratio [D6]. Where A = 0 the direction is 0, and so w = 1 [D5].
+        delta = logp_T[now] - logp  # Alg. 1, line 16
+        w = (A[now].sign() * delta).exp().clamp(1 - s.eps, 1 + s.eps)  # Alg. 1, line 17
+        A_hat = A[now] * w * omega[now]  # Alg. 1, line 18
+        loss = -(A_hat * logp) / M  # (n,), summed over the step; Alg. 1, line 19
+
+        # dL/dhidden is a known multiple of dlogp/dhidden, since A_hat is a constant.
+        hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))
+
+        raw_logp = logp  # as the engine reports it, at temperature 1
         if s.logit_temperature != 1:
-            raw, _ = logprob_and_entropy(hidden.detach() * s.logit_temperature, head, y, s.head_chunk)
-        engine_logp = torch.tensor(sum((r["engine_logps"] for r in part), []), device=head.device)  # (N,)
-        right = torch.tensor([r["correct"] for r in part], device=head.device)[:, None].expand_as(real)[real]  # (N,)
-        delta, w = teacher_logp[rows][real] - logp, w[real]
-        for name, value in {"loss": loss, "magnitude": w, "clipped": (w <= 1 - s.eps) | (w >= 1 + s.eps),
-                            "delta_right": delta * right, "delta_wrong": delta * ~right, "right": right,
-                            "canary": (raw - engine_logp).abs()}.items():
-            sums[name] += value.double().sum().item()
+            raw_hidden = hidden.detach() * s.logit_temperature
+            raw_logp, _ = _logprob_and_entropy(raw_hidden, head, y, s.head_chunk)
+        for name, value in zip(done, (logp, raw_logp, w, loss)):
+            done[name].append(value)
     model.eval()
-    if world > 1:  # one flat all-reduce of the adapter's gradient; no DDP, which switching adapters would upset
+
+    # One flat all-reduce of the adapter's gradient; no DDP, which switching adapters would upset.
+    if world > 1:
         grads = [p.grad for p in trainable(model).values()]
-        flat = reduce_(torch.cat([g.flatten() for g in grads]))
+        flat = processes.reduce_(torch.cat([g.flatten() for g in grads]))
         for g, whole in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(whole.view_as(g))
-    sums |= {"entropy": H[mask].double().sum().item(), "gate": omega[mask].double().sum().item()}
-    total = dict(zip(sums, reduce_(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()))
-    right = total.pop("right")  # tokens of right rollouts
-    figures = {name: value / M for name, value in total.items()}
-    figures["delta_right"] = total["delta_right"] / right if right else None  # None: there is no such token
-    figures["delta_wrong"] = total["delta_wrong"] / (M - right) if right < M else None
-    return {**figures, "loss": total["loss"], "entropy_max": H_max.item()}
+    student = {name: torch.cat(values) for name, values in done.items()}
+    return mine, {"logp_T": logp_T, "H": H, "omega": omega, **student}
 
 
-def probe_engine(draw: Draw, push: Callable[[], None], model, prompts: list[list[int]], s: Settings) -> str:
-    """Prove that pushes arrive: with a random adapter the engine must agree with the trainer, and not with the base.
-
-    train() compares the engine's log-probabilities with the trainer's at each step (the canary), but early updates are
-    tiny: a push that gets lost would show there only many steps later.
-    """
-    kept = {name: p.detach().clone() for name, p in trainable(model).items()}
-    noise = torch.Generator().manual_seed(s.seed)
-    for name, p in trainable(model).items():
-        if "lora_B" in name:
-            p.data.copy_(0.02 * torch.randn(p.shape, generator=noise))
-    push()
-    drawn = draw(prompts, [*range(len(prompts))], temperature=1.0, top_p=1.0, top_k=0, max_new=16)
-    engine_logp = torch.tensor(sum((logps for _, logps in drawn), []), device=model.device)  # (N,)
-    distance = []
-    for adapter in (contextlib.nullcontext(), model.disable_adapter()):
-        with torch.no_grad(), adapter:
-            hidden, y = completion_hidden(model, prompts, [ids for ids, _ in drawn])
-        logp, _ = logprob_and_entropy(hidden, head_of(model), y, s.head_chunk)
-        distance.append((logp - engine_logp).abs().mean().item())
-    for name, p in trainable(model).items():
-        p.data.copy_(kept[name])
-    if not distance[0] < 0.5 * distance[1]:
-        fail("the rollout engine does not use the adapter that was pushed: with a random one its log-probabilities are "
-             f"{distance[0]:.2g} nats from the trainer's and {distance[1]:.2g} from the base model's. Try --rollout hf")
-    return f"a random adapter reached the engine: {distance[0]:.0e} nats from trainer, {distance[1]:.0e} from base"
-
-
-def find_culprits(model, rollouts: list[dict], s: Settings) -> list[str]:
-    """The rollouts whose own two passes, alone, are not finite."""
-    rank, world = rank_and_world()
-    bad = []
-    for r in rollouts[rank::world]:
-        model.zero_grad()
-        hidden, _ = completion_hidden(model, [r["prompt_ids"]], [r["completion_ids"]])
-        hidden.sum().backward()
-        values = [*teacher_pass(model, [r], s), hidden, *(p.grad for p in trainable(model).values())]
-        if not all(value.isfinite().all() for value in values):
-            bad.append(f"rollout {r['index']} of problem {r['id']}")
-    return gather(bad)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --------------------------------------------------------------------------------------------------
+# Training: set up, Algorithm 1 step by step, finish
 
 
 def train(s: Settings) -> None:
-    """The whole run: load, show, evaluate, Algorithm 1 step by step, evaluate."""
-    began, stopped = time.perf_counter(), stop_on_signals()
-    out, rank0 = Path(s.out), rank_and_world()[0] == 0
-    device = start_processes(s.threads)
-    check_place(s, device)
-    checkpoint = open_run(s)  # deletes nothing yet
-    problems, tokenizer = load_problems(s.data, s), load_tokenizer(s)
-    held_out = load_held_out(tokenizer, s) if s.eval_data else []
-    base = load_base(s, device)
-    check_head(base, s)
-    ends, model = end_tokens(base, tokenizer), add_adapter(base, s)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)  # [D11]
-    stats, log = RewardStats(), []
-    start, position = load_checkpoint(checkpoint, model, optimizer, stats) if checkpoint else (0, 0)
-    summary = read_json(out / "summary.json", {}) if checkpoint else {}
-    if checkpoint and start >= s.steps and (summary.get("steps") == start or not held_out):
-        say(f"{out} is finished, with {start} steps. --steps N goes further, another --out starts anew")
+    """The whole run. What it leaves is in the folder --out: adapter, log, rollouts, curves."""
+    run = set_up(s)
+    if run is None:  # it is finished already
         return
+    model = run.model
+    for step in range(run.start, s.steps):
+        clock = [time.perf_counter()]
+        position = run.position
+        batch, run.position, skipped = next_problems(run.problems, run.tokenizer, s, position)
+        batch = [row for row in batch for _ in range(s.rollouts_per_prompt)]
 
-    engine, why = choose_engine(s, device)
-    tp = tensor_parallel(s, model.config) if engine == "vllm" else 1
-    batch, _, _ = next_problems(problems, tokenizer, s, position)  # to show and to probe with; the loop draws it again
-    files = show_start(s, batch[0], tokenizer, f"{engine} ({why})", device, tp,
-                       memory_estimate(model, s, engine, device, tp, VOCAB_TILE)) if rank0 else {}
-    draw, push = start_engine(s, model, ends, device, engine, tp)
-    if engine == "vllm":
-        few = [row["prompt_ids"] for row in batch[: max(8, rank_and_world()[1])]]
-        say(probe_engine(draw, push, model, few, s))
-    if rank0:  # not before: an engine that does not start must not cost the run that was there
-        log = clear_run(s, checkpoint, start)
-        for name, text in files.items():
-            write_text(out / name, text)
-    push()  # what step `start` rolls out with
-    if held_out and "before" not in summary and not start:  # later it would be the trained adapter's
-        summary["before"] = evaluate("before", held_out, draw, tokenizer, ends, s)
-        if rank0:
-            write_json(out / "summary.json", summary)
-
-    bar, wandb = progress(total=s.steps, initial=start, desc="train", unit="step"), start_wandb(s)
-    limit = 1e-3 if head_of(model).dtype == torch.float32 else 0.1  # float32 agrees to 1e-6; bfloat16 rounds
-    how = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
-    for step in range(start, s.steps):
-        clock, position_before = [time.perf_counter()], position
-        batch, position, skipped = next_problems(problems, tokenizer, s, position)  # Alg. 1, line 1
-        batch = [row for row in batch for _ in range(s.rollouts_per_prompt)]  # Alg. 1, line 2
-        rollouts = roll_out(draw, batch, tokenizer, ends, step, s, **how)  # every rank gets all of them
+        # The policy of the moment answers, and is told how well: every rank gets all rollouts.
+        rollouts = roll_out(run.sample, batch, run.tokenizer, run.eos_ids, step, s, **run.sampling)
         rewards = [r["reward"] for r in rollouts]
-        for r, A in zip(rollouts, stats.advantages(rewards, step).tolist()):  # Alg. 1, line 5, 6
+        advantages = run.stats.advantages(rewards, step)  # (B,)
+        for r, A in zip(rollouts, advantages.tolist()):
             r["advantage"] = A
         clock.append(time.perf_counter())
-        figures = accumulate_gradient(model, rollouts, s)  # fills p.grad: Algorithm 1 from line 7 to line 19
+
+        # Teacher, gate, student: lines 7 to 19 of Algorithm 1. Fills p.grad.
+        mine, tokens = accumulate_gradient(model, rollouts, s)
         norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), s.max_grad_norm).item()
         clock.append(time.perf_counter())
+
+        figures = journal.step_figures(mine, tokens, s.eps)
         if not math.isfinite(norm + figures["loss"]):
-            save_checkpoint(model, optimizer, stats, step, position_before, s)
-            culprits = ", ".join(find_culprits(model, rollouts, s)) or "no single rollout"
-            fail(f"step {step}: the loss or its gradient is not finite. Not finite alone: {culprits}. {out} holds the "
-                 "state before this step. Remove these problems, or start a new run with a lower --lr")
-        if not figures["canary"] <= limit:  # NaN too
-            fail(f"step {step}: the rollout engine's log-probabilities are {figures['canary']:.2g} nats a token from "
-                 f"the trainer's (limit {limit}): it runs other weights. The checkpoints are sound; try --rollout hf")
-        optimizer.step()  # Alg. 1, line 20
-        figures |= {"running_mean": stats.mean, "running_std": stats.std, "grad_norm": norm}
-        stats.update(rewards)  # Alg. 1, line 21
-        push()
+            run.position = position
+            stop_not_finite(run, rollouts, step, s)
+        guards.check_canary(figures["canary"], model, step)
+        figures.update(running_mean=run.stats.mean, running_std=run.stats.std, grad_norm=norm)
+
+        run.optimizer.step()  # Alg. 1, line 20
+        run.stats.update(rewards)  # Alg. 1, line 21
+        run.push()  # the next rollout is of the new policy
         clock.append(time.perf_counter())
 
-        row = log_row(step, rollouts, skipped, figures, clock, device)
-        halt = int(reduce_(torch.tensor(len(stopped)), "MAX")) > 0  # the ranks may see a signal in different steps
+        halt = any(processes.gather(run.stopped))  # the ranks may see a signal in different steps
         save = halt or (step + 1) % s.save_every == 0 or step + 1 == s.steps
-        if rank0:
-            record_step(row, rollouts, log, save, wandb, s)
-        bar.update()
-        bar.set_postfix(reward=f"{row['reward']:.2f}", right=f"{row['correct']:.0%}", length=f"{row['length']:.0f}")
+        row = journal.log_row(step, rollouts, skipped, figures, clock, run.device)
+        journal.record_step(run.journal, row, rollouts, redraw=save)
         if save:
-            save_checkpoint(model, optimizer, stats, step + 1, position, s)
+            save_run(run, step + 1, s)
         if halt:
-            say(f"stopped and saved after step {step}, in {out}/step_{step + 1}; --resume goes on from here")
+            console.say(f"stopped and saved after step {step}: --resume --out {s.out} goes on")
             return
-    bar.close()
+    finish(run, s)
 
-    if held_out:
-        summary["after"] = evaluate("after", held_out, draw, tokenizer, ends, s)
-        say("\n          accuracy   length")
-        for when in [when for when in ("before", "after") if when in summary]:
-            say(f"{when:<8} {summary[when]['accuracy']:>7.1f} % {summary[when]['length']:>8.1f}")
-    if rank0:
-        phases = {name: round(sum(row["seconds"][name] for row in log), 1) for name in PHASES}
-        write_json(out / "summary.json", {**summary, "steps": max(start, s.steps),
-                                          "seconds": {**phases, "total": round(time.perf_counter() - began, 1)}})
+
+def set_up(s: Settings) -> SimpleNamespace | None:
+    """Load, start the engine, show, evaluate before. -> all that the loop needs; None: finished.
+
+    Nothing of an earlier run in --out is deleted before all that may fail has not.
+    """
+    run = load_run(s)
+    if run is None:
+        return None
+    settings = dataclasses.asdict(s)
+    engine, why = engines.choose_engine(s.engine, run.device)
+    tp = 1
+    if engine == "vllm":
+        tp = engines.tensor_parallel(s.rollout_tp, run.model.config)
+    # To show and to probe with; the loop draws these problems again.
+    batch, _, _ = next_problems(run.problems, run.tokenizer, s, run.position)
+    memory = opening.estimate_memory(
+        run.model,
+        run.device,
+        s.micro_batch_tokens,
+        s.gradient_checkpointing,
+        head_floats=s.head_chunk * (3 * VOCAB_TILE + 2 * run.model.config.hidden_size),
+        engine_tp=tp if engine == "vllm" else 0,
+        cache_tokens=cache_tokens(s, tp),
+    )
+    files = opening.show_start(
+        settings, batch[0], run.tokenizer, f"{engine} ({why})", tp, run.device, memory
+    )
+    run.sample, run.push = start_engine(s, run.model, run.eos_ids, run.device, engine, tp)
+    if engine == "vllm":
+        probe(run, batch[: max(8, processes.rank_and_world()[1])], s)
+
+    # From here on the run that was there may be deleted: this one has its engine.
+    rows = run_folder.clear_run(run.out, run.checkpoint, run.start, files)
+    run.journal = journal.open_journal(run.out, rows, settings, run.start)
+    run.push()  # what step `start` rolls out with
+    # Not after a resume: then it would be the trained adapter's.
+    if run.held_out and "before" not in run.summary and not run.start:
+        run.summary["before"] = evaluate("before", run, s)
+        journal.write_summary(run.journal, run.summary)
+    return run
+
+
+def load_run(s: Settings) -> SimpleNamespace | None:
+    """The run folder, data, model, optimizer and statistics, as its last checkpoint left them."""
+    run = SimpleNamespace(began=time.perf_counter(), stopped=processes.stop_on_signals())
+    run.out = Path(s.out)
+    run.device = processes.start_processes(s.threads)
+    run.sampling = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
+    models.refuse_big_model_on_cpu(s.model, run.device)
+    settings = dataclasses.asdict(s)
+    run.checkpoint = run_folder.open_run(run.out, s.resume, s.overwrite, settings)
+
+    columns = {
+        "problem": s.problem_column,
+        "solution": s.solution_column,
+        "answer": s.answer_column,
+    }
+    run.problems = data.load_problems(s.data, columns, s.split)
+    run.tokenizer = models.load_tokenizer(s.model, s.trust_remote_code)
+    run.held_out = load_held_out(run.tokenizer, columns, s) if s.eval_data else []
+
+    base = models.load_base(s.model, run.device, s.attn, s.trust_remote_code)
+    models.check_head(base, s.model, hidden_states)
+    run.eos_ids = engines.end_tokens(base, run.tokenizer)
+    run.model = add_adapter(base, s)
+    run.optimizer = torch.optim.AdamW(
+        trainable(run.model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0
+    )  # [D11]
+    run.stats = RewardStats()
+    run.start = 0
+    run.position = 0  # rows of the data that the run has gone through
+    if run.checkpoint:
+        run.start, run.position, stats = run_folder.load_checkpoint(
+            run.checkpoint,
+            trainable(run.model),
+            run.optimizer,
+            teacher_state(run.model),
+            functools.partial(load_student, run.model),
+        )
+        run.stats.load_state_dict(stats)
+    run.summary = read_json(run.out / "summary.json", {}) if run.checkpoint else {}
+    evaluated = not run.held_out or run.summary.get("steps") == run.start
+    if run.checkpoint and run.start >= s.steps and evaluated:
+        console.say(
+            f"{run.out} is finished, with {run.start} steps. --steps N goes further, another --out "
+            "starts anew"
+        )
+        return None
+    return run
+
+
+def load_held_out(tokenizer, columns: dict[str, str], s: Settings) -> list[dict]:
+    """The problems of --eval_data with the student's prompts; all must count, so all must fit."""
+    rows = data.load_problems(s.eval_data, columns, s.split, "--eval_data")
+    too_long = []
+    for row in rows:
+        prompt = data.fill(s.student_prompt, row)
+        row["prompt_ids"] = data.encode_prompt(tokenizer, prompt, s.thinking)
+        if len(row["prompt_ids"]) + s.max_completion > s.max_length:
+            too_long.append(row["id"])
+    if too_long:
+        console.fail(
+            f"--eval_data {s.eval_data}: {len(too_long)} problems (the first: "
+            f"{', '.join(too_long[:5])}) and --max_completion {s.max_completion} exceed "
+            f"--max_length {s.max_length}: remove them, or raise it"
+        )
+    return rows
+
+
+def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
+    """Accuracy in % and mean length in tokens on held-out rows: a sample each, T 1, top-p 0.95."""
+    sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    rows = run.held_out
+    right = 0
+    tokens = 0
+    with console.progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
+        for start in range(0, len(rows), 256):
+            batch = rows[start : start + 256]
+            engine = run.sample, batch, run.tokenizer, run.eos_ids
+            for r in roll_out(*engine, "evaluation", s, offset=start, **sampling):
+                right += r["correct"]
+                tokens += len(r["completion_ids"])
+            bar.update(len(batch))
+            bar.set_postfix(right=f"{right / bar.n:.1%}" if bar.n else "")
+    n = len(rows)
+    return {"accuracy": round(100 * right / n, 2), "length": round(tokens / n, 2), "samples": n}
+
+
+def probe(run: SimpleNamespace, rows: list[dict], s: Settings) -> None:
+    """Refuse an engine that does not use the adapter that is pushed to it; see guards."""
+    at_one = dataclasses.replace(s, logit_temperature=1.0)
+
+    def logp_of(rollouts: list[dict]) -> Tensor:
+        return score_completions(run.model, rollouts, "prompt_ids", at_one)[0]
+
+    guards.probe_engine(
+        run.sample, run.push, run.model, trainable(run.model), as_teacher, logp_of, rows, s.seed
+    )
+
+
+def stop_not_finite(run: SimpleNamespace, rollouts: list[dict], step: int, s: Settings) -> None:
+    """Save the state before this step, name the rollouts that are not finite alone, and end."""
+    save_run(run, step, s)
+
+    def values(r: dict) -> list[Tensor]:
+        hidden, _ = completion_hidden(run.model, [r], "prompt_ids")
+        run.model.zero_grad()
+        hidden.sum().backward()
+        gradients = [p.grad for p in trainable(run.model).values()]
+        with as_teacher(run.model):
+            teacher = score_completions(run.model, [r], "teacher_prompt_ids", s)
+        return [hidden, *teacher, *gradients]
+
+    guards.fail_not_finite(step, run.out, rollouts, values)
+
+
+def save_run(run: SimpleNamespace, step: int, s: Settings) -> None:
+    run_folder.save_checkpoint(
+        run.out,
+        step,
+        run.position,
+        run.stats.state_dict(),
+        dataclasses.asdict(s),
+        parameters=trainable(run.model),
+        optimizer=run.optimizer,
+        others=teacher_state(run.model),
+        save_student=functools.partial(save_student, run.model),
+    )
+
+
+def finish(run: SimpleNamespace, s: Settings) -> None:
+    """Evaluate after, and say where everything is."""
+    run.journal.bar.close()
+    if run.held_out:
+        run.summary["after"] = evaluate("after", run, s)
+    journal.write_summary(run.journal, run.summary, steps=max(run.start, s.steps), began=run.began)
     if s.steps:
-        say(f"adapter {latest_checkpoint(s)}, log {out}/log.jsonl, curves {out}/curves.png")
+        adapter = run_folder.latest_checkpoint(run.out)
+        console.say(f"adapter {adapter}, log {s.out}/log.jsonl, curves {s.out}/curves.png")
 
 
 if __name__ == "__main__":
-    with ending_together():
+    with processes.ending_together():
         train(parse_settings())

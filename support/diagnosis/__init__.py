@@ -1,0 +1,1 @@
+"""What only diagnostics.py needs: completions, statistics, figures, pages."""

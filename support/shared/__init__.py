@@ -1,0 +1,1 @@
+"""What egrsd.py, eval.py and diagnostics.py all stand on."""

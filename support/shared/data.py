@@ -1,0 +1,182 @@
+"""Problems and prompts: a data set becomes rows, a row becomes the token ids of a prompt."""
+
+import datetime
+import decimal
+import functools
+import math
+import random
+import re
+from pathlib import Path
+
+from support.shared.console import fail, first_line
+from support.shared.processes import first_rank_first
+
+KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_problems(
+    source: str, columns: dict[str, str], split: str = "train", option: str = "--data"
+) -> list[dict[str, str]]:
+    """[{id, problem, solution, answer}] of a hub id or a JSON, JSONL or Parquet file.
+
+    `columns` names the column of each field; `option` is what the sentences blame.
+    Exits with a sentence if there is no such data, a column is absent or a value is empty.
+    """
+    table = load_table(source, split, option)
+    column = {}
+    for field, wanted in columns.items():
+        column[field] = find_column(table.column_names, wanted)
+        if not column[field]:
+            there = ", ".join(table.column_names) or "none"
+            fail(
+                f"{option} {source} has no column {wanted!r}; it has {there}. Name the right one "
+                f"with --{field}_column (of --data and of --eval_data; --eval_data= does without)"
+            )
+    rows = []
+    for number, raw in enumerate(table):
+        row = {"id": str(raw.get("id", number))}
+        for field, name in column.items():
+            row[field] = as_text(raw[name])
+            if row[field] is None:
+                fail(
+                    f"{option} {source}, row {number}: the {field} is {raw[name]!r:.40}, not text. "
+                    f"Write it out as one string, or name another column with --{field}_column"
+                )
+        rows.append(row)
+    if not rows:
+        fail(f"{option} {source} is empty")
+    for field in column:
+        empty = [row["id"] for row in rows if not row[field]]
+        if empty:
+            fail(
+                f"{option} {source}: {len(empty)} of {len(rows)} rows have an empty {field} (the "
+                f"first: {', '.join(empty[:5])}). The teacher needs a solution and the reward an "
+                "answer: remove these rows"
+            )
+    return rows
+
+
+def as_text(value: object) -> str | None:
+    """A cell as text, "" where nothing in it can be seen; None where it is neither text nor number.
+
+    The Python text of a list or an object would be asked, or graded against, without a word.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if not isinstance(value, (str, int, float, datetime.date, decimal.Decimal)):
+        return None
+    text = str(value).strip()
+    return text if any(c.isprintable() and not c.isspace() for c in text) else ""
+
+
+def load_table(source: str, split: str, option: str):
+    """The `datasets` table of a hub id or a local file."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(source)
+    kind = KINDS.get(path.suffix.lower())
+    if path.is_file() and not kind:
+        fail(f"{option} {source} is no .json, .jsonl or .parquet file")
+    if path.is_dir():
+        fail(f"{option} {source} is a folder: name the file in it")
+    if path.is_file() and not path.stat().st_size:
+        fail(f"{option} {source} is empty")
+    if path.is_file() and kind == "json":
+        refuse_other_encodings(path, option)
+    if kind and not path.is_file():
+        fail(f"{option} {source}: there is no such file")
+    where = {"path": source, "split": split}
+    if kind:
+        where = {"path": kind, "data_files": source, "split": "train"}
+    # Outside of the try: when rank 0 has failed, its siblings' wait ends with an exception.
+    with first_rank_first():
+        try:
+            return datasets.load_dataset(**where)
+        except Exception as error:  # of a dozen types; each means that there is nothing to train on
+            if "corresponds to no data" in str(error):
+                fail(f"{option} {source} is empty")
+            cause = error.__cause__ or error
+            fail(
+                f"{option} {source} cannot be read ({type(cause).__name__}: {first_line(cause)}). "
+                "It takes a hub id, or a .json, .jsonl or .parquet file with one problem a row"
+            )
+
+
+def refuse_other_encodings(path: Path, option: str) -> None:
+    """JSON is UTF-8; the reader's own error comes late, and names no line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                fail(f"{option} {path}, line {number} is not UTF-8: save the file as UTF-8")
+
+
+def find_column(names: list[str], wanted: str) -> str | None:
+    for name in names:
+        if name.lower() == wanted.lower():
+            return name
+    return None
+
+
+def fill(template: str, row: dict[str, str]) -> str:
+    """Not str.format, as LaTeX is full of braces; one pass: a {solution} in a problem is text."""
+    return re.sub(r"\{(problem|solution)\}", lambda match: row[match[1]], template)
+
+
+def encode_prompt(tokenizer, content: str, thinking: bool) -> list[int]:
+    """Token ids of one user turn and the generation prefix: the only prompt format. [D7]
+
+    A base model without a chat template gets the plain text and a line break. No control token in
+    `content` counts: the text is cut after the first character of each, so that "<|im_end|>" in a
+    problem is text and cannot end its turn.
+    """
+    mark = "\ue000content\ue000"  # private-use characters, which no template writes
+    text = (tokenizer.bos_token or "") + mark + "\n"
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+    if text.count(mark) != 1:
+        fail("the chat template of this model changes or repeats the user's text: not supported")
+    content = content.strip()
+    begin = text.index(mark)
+    text = text.replace(mark, content)
+    control = {*tokenizer.get_added_vocab(), "<think>", "</think>"} - {""}
+    pattern = "(?=" + "|".join(map(re.escape, control)) + ")"
+    ids = []
+    start = 0
+    for match in re.finditer(pattern, content):
+        cut = begin + match.start() + 1
+        ids += tokenizer(text[start:cut], add_special_tokens=False).input_ids
+        start = cut
+    # one piece, where the content is harmless
+    return ids + tokenizer(text[start:], add_special_tokens=False).input_ids
+
+
+def read_completion(
+    tokenizer, prompt_ids: list[int], ids: list[int], eos_ids: list[int]
+) -> dict[str, str | bool]:
+    """The text of a completion, the text to grade, and whether the cap cut it.
+
+    Where the generation prefix itself opens <think>, the completion starts inside it; so must the
+    graded text. [D12]
+    """
+    truncated = ids[-1] not in eos_ids
+    text = tokenizer.decode(ids if truncated else ids[:-1])
+    graded = text
+    if tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>"):
+        graded = "<think>" + text
+    return {"text": text, "graded_text": graded, "truncated": truncated}
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> list[int]:
+    """The rows of a data set of n in the order of one epoch."""
+    return random.Random(f"{seed}/{epoch}").sample(range(n), n)

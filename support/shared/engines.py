@@ -1,0 +1,181 @@
+"""Drawing completions: which engine, how many share it, and transformers' generate.
+
+Both engines have one interface, and vLLM's half of it is in egrsd.py:
+
+    generate(prompts, seeds, temperature=, top_p=, top_k=, max_new=)
+        yields (index, completion ids, log-probabilities) as completions end
+
+Token ids and seeds go in; the log-probabilities (nats) are those that the model gave its tokens at
+temperature 1, whatever the sampling.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from support.shared.console import fail, installed
+from support.shared.models import autocast
+
+Completion = tuple[int, list[int], list[float]]
+Generate = Callable[..., Iterator[Completion]]
+
+
+def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
+    """-> "vllm" or "hf", and why: vLLM where there is a GPU and vLLM, unless told otherwise."""
+    there = installed("vllm")
+    if wanted == "vllm" and not there:
+        fail(
+            "vLLM is asked for and not installed (pip install -r requirements.txt); the engine hf "
+            "does without it"
+        )
+    if wanted != "auto":
+        return wanted, "asked for"
+    if device.type == "cpu":
+        return "hf", "there is no GPU"
+    if there:
+        return "vllm", "there is a GPU and vLLM is installed"
+    return "hf", "vLLM is not installed"
+
+
+def tensor_parallel(wanted: int, config) -> int:
+    """Ranks that share one engine; 0: the largest divisor of this machine's that the heads allow.
+
+    Decoding a few sequences is bound by reading the weights, of which each of the ranks then reads
+    only its part.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads
+    fits = []
+    for n in range(1, here + 1):
+        shares_kv = kv_heads % n == 0 or n % kv_heads == 0
+        if here % n == 0 and heads % n == 0 and shares_kv:
+            fits.append(n)
+    if wanted and wanted not in fits:
+        fail(
+            f"{wanted} processes cannot share one vLLM engine: the {here} of this machine and the "
+            f"model's heads allow {' or '.join(map(str, fits))}"
+        )
+    return wanted or max(fits)
+
+
+def kv_cache_bytes(config, device: torch.device, tp: int, tokens: int) -> int:
+    """Room in one rank's cache for that many tokens and a tenth more."""
+    head_dim = getattr(config, "head_dim", None)
+    if not head_dim:
+        head_dim = config.hidden_size // config.num_attention_heads
+    heads = math.ceil(config.num_key_value_heads / tp)  # of this rank
+    width = 2 if device.type == "cuda" else 4
+    per_token = 2 * config.num_hidden_layers * heads * head_dim * width
+    return int(1.1 * per_token * tokens) + (64 << 20)
+
+
+def rollout_seed(seed: int, step: int | str, index: int) -> int:
+    """Depends on the run's seed, the step and the index in the global batch, not on the rank."""
+    digest = hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Ids that end a completion: the tokenizer's, then those of the model's generation config."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    if not isinstance(listed, list):
+        listed = [listed]
+    ids = [i for i in (tokenizer.eos_token_id, *listed) if i is not None]
+    return list(dict.fromkeys(ids))  # each once
+
+
+@torch.no_grad()
+def hf_generate(
+    model,
+    eos_ids: list[int],
+    prompts: list[list[int]],
+    seeds: list[int],
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new: int,
+    batch: int = 128,
+) -> Iterator[Completion]:
+    """transformers' generate, `batch` prompts at a time. A row depends on its seed alone."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=max_new, do_sample=False, eos_token_id=eos_ids, pad_token_id=eos_ids[0]
+    )
+    warpers = sampling_warpers(temperature, top_p, top_k)
+    for start in range(0, len(prompts), batch):
+        rows = prompts[start : start + batch]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), eos_ids[0], device=model.device)  # (b, width)
+        real = torch.zeros_like(ids)
+        for row, prompt in enumerate(rows):  # left-padded
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            real[row, width - len(prompt) :] = 1
+        row_seeds = seeds[start : start + batch]
+        add_noise, raw_logps = gumbel_sampler(row_seeds, model.device, temperature, warpers)
+        with autocast(model.device):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=real,
+                generation_config=config,
+                logits_processor=[add_noise],
+            )
+        logps = torch.stack(raw_logps, 1).tolist()
+        for row, tokens in enumerate(out[:, width:].tolist()):
+            n = completion_length(tokens, eos_ids)
+            yield start + row, tokens[:n], logps[row][:n]
+
+
+def completion_length(tokens: list[int], eos_ids: list[int]) -> int:
+    """Tokens up to the first end token, which counts. [D9]"""
+    for position, token in enumerate(tokens):
+        if token in eos_ids:
+            return position + 1
+    return len(tokens)
+
+
+def sampling_warpers(temperature: float, top_p: float, top_k: int) -> list:
+    """What sampling does to the logits before it draws, in transformers' own order."""
+    from transformers.generation import logits_process
+
+    warpers = []
+    if temperature not in (0, 1):
+        warpers.append(logits_process.TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(logits_process.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(logits_process.TopPLogitsWarper(top_p))
+    return warpers
+
+
+def gumbel_sampler(
+    seeds: list[int], device: torch.device, temperature: float, warpers: list
+) -> tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
+    """A logits processor that makes greedy decoding sample, and a list of raw log-probabilities.
+
+    argmax(z + Gumbel noise) is a sample of softmax(z). Each row has a generator of its own, so that
+    no row depends on the batch around it.
+    """
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    raw_logps = []  # of each position: (b,), at temperature 1
+
+    def add_noise(so_far: Tensor, z: Tensor) -> Tensor:
+        raw = z.log_softmax(-1)  # (b, V)
+        if temperature > 0:
+            for warper in warpers:
+                z = warper(so_far, z)
+            noise = torch.empty_like(z)
+            for row, generator in zip(noise, generators):
+                row.exponential_(generator=generator)
+            z = z - noise.log()
+        chosen = z.argmax(-1, keepdim=True)  # (b, 1)
+        raw_logps.append(raw.gather(1, chosen).squeeze(1))
+        return z
+
+    return add_noise, raw_logps

@@ -1,0 +1,70 @@
+"""Files: whoever looks finds the old one or the new one, whole."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from support.shared.console import fail, first_line
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {path} cannot be made ({error.strerror}); name a folder that can be written")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """End with a sentence where the disk is full or the file may not be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        fail(
+            f"{path} could not be written ({reason}). What is saved stays: mend that, then start "
+            "the same command again (a training run with --resume)"
+        )
+
+
+def read_json(path: Path, default: dict | None = None) -> dict:
+    """The file's object; `default`, if one is given, where there is no such file."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        fail(f"{path} is damaged ({first_line(error)})")
+    if not isinstance(value, dict):
+        fail(f"{path} is damaged (no JSON object)")
+    return value
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a hidden neighbour, then rename it."""
+    beside = path.with_name(f".{path.name}")
+    write(beside)
+    beside.rename(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(beside: Path) -> None:
+        beside.write_text(text)
+
+    with writing(path):
+        write_beside(path, write)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def json_lines(rows: Iterable[dict]) -> str:
+    lines = [json.dumps(row) + "\n" for row in rows]
+    return "".join(lines)
+
+
+def append_lines(path: Path, rows: list[dict]) -> None:
+    with writing(path), path.open("a") as file:
+        file.write(json_lines(rows))

@@ -1,0 +1,374 @@
+"""
+Grading: take the last boxed answer out of a completion and compare it with the gold answer.
+
+Whatever the model wrote. It imports nothing of ours, so that a grading process starts without
+torch. The comparison is math-verify's, wrapped: by itself it accepts answers without a box and
+misreads some right ones, and its time limits are alarms, which stop no long C call. So we extract
+and normalise ourselves, and grade in processes that may be killed.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import connection
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]  # the repository
+
+
+class Grade(NamedTuple):
+    correct: bool
+    answer: str | None  # what stood in the box
+    status: str  # ok, no_box, unfinished, timeout or error
+
+
+# What math-verify misreads in the golds (mostly Minerva's) and in what models write for them, and
+# what it reads; in this order.
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+_REWRITES = (
+    # 10{,}080, 10,\!080
+    (r"(?<=\d)(?:\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""),
+    (r"\\?\$|\s|~|(?<!\\)\\(?:[,;:> ]|(?:boldsymbol|bm|underline|bf|large)(?![a-z]))", " "),
+    (r"[\s.,;\\]+$|^\s*\\approx", ""),
+    (r"−", "-"),
+    (r"°", r"^\\circ "),
+    # 5 \frac{\text{m}}{...}
+    (r"(?<=[\d}])\s*(?:\\mu\s*\\(?:text|mathrm)|\\[dt]?frac\{\s*\\(?:text|mathrm))\{.*", ""),
+    # 18 dollars
+    (r"^\s*([-+]?[\d.,]+) +(?!perc)[A-Za-z]{4,}$", r"\1"),
+    (r"np\.log\b", r"\\ln"),
+    (r"(?:np\.|\\)sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"),
+    # np.arcsin(10/13)
+    (r"(?<![\\A-Za-z])(?:np\.)?((?:arc)?(?:sin|cos|tan)|exp|ln|pi)(?![A-Za-z])", r"\\\1"),
+    # 4.5e33
+    (rf"(?<![\w./])({_NUMBER})[eE]\+?(-?)0*(\d+)(?![\w.])", r"\1 \\times 10^{\2\3}"),
+    (r"×|(?<=\d) ?x ?(?=10\^)", r" \\times "),
+    (r"\*\*", "^"),
+    # 10^33 is no 10^3 3
+    (r"\^\s*([-+]?\d+)", r"^{\1}"),
+    # -1./3
+    (r"(?<=\d)\.(?!\d|\\over)", ""),
+    # \gamma^2-1 would be the gamma function at -1, squared
+    (r"\\gamma(?![A-Za-z])", r"\\Upsilon "),
+    # E_1 and M_\odot are not read
+    (r"(?<![A-Za-z\\])[Ee]_", r"\\varepsilon_"),
+    (r"_\\odot\b|_\{\\odot\}", "_{sun}"),
+    # \lambda_{\text{red}} is \lambda_{red}
+    (r"_\{\\(?:text|mathrm)\s*\{\s*(\w+)\s*\}\}", r"_{\1}"),
+    # y' would be y, and dx/dt a derivative that sympy works out to 0
+    (r"(?<!\w)([A-Za-z])(?:'|\^\{?\\prime\b\}?)(?!')", r"\\dot{\1}"),
+    (r"\\[dt]?frac\s*\{d ?(\\?[A-Za-z]+)\}\s*\{d ?t\}", r"\\dot{\1}"),
+    # MR=SRMC: two names
+    (r"^(?:\\\w+\{)?([A-Z]{2,})\}? *= *(?:\\\w+\{)?([A-Z]{2,})\}?$", r"\\text{\1}=\\text{\2}"),
+)
+_BOX = re.compile(r"\\boxed\s*(?:\{|\Z)")  # \Z: the text was cut there
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \\. passes over \{ and \}
+LONGEST_ANSWER = 1_000  # characters
+
+
+def extract_answer(text: str) -> str | None:
+    """Content of the last \\boxed{...} after the final </think>, None where there is none.
+
+    O(len(text)).
+    """
+    thought = text.rfind("</think>")
+    if text.rfind("<think>") > thought:  # a thought that never closes has no answer after it
+        return None
+    start = None
+    for box in _BOX.finditer(text, max(thought, 0)):
+        start = box.end()
+    if start is None:
+        return None
+    content = text[start:][: LONGEST_ANSWER + 1]  # and the brace that closes it
+    depth = 1
+    for brace in _BRACE.finditer(content):
+        if brace[0] == "{":
+            depth += 1
+        elif brace[0] == "}":
+            depth -= 1
+        if depth == 0:
+            return content[: brace.start()].strip() or None
+    return None
+
+
+def normalise_answer(answer: str) -> str:
+    """The same answer as math-verify reads it.
+
+    4.5e33 -> 4.5 \\times 10^{33}, np.pi -> \\pi, a \\pm b -> a+b, a-b.
+    """
+    for pattern, replacement in _REWRITES:
+        answer = re.sub(pattern, replacement, answer)
+    answer = answer.strip()
+    # Where i is no index it is the imaginary unit, which is I to math-verify.
+    if not re.search(r"\\(?:sum|prod)", answer):
+        answer = re.sub(r"(?<![\\A-Za-z_])(?<!_\{)i(?=t?(?![A-Za-z_]))", "I ", answer).strip()
+    # math-verify drops a last letter that may be a unit, the t of \frac{1}{m} t too. Only after a
+    # plain number is it one.
+    power = r"(?:\s*\\(?:times|cdot)\s*10\^\{-?\d+\})?"
+    quantity = rf"(?:.*=)?\s*[-+]?\s*{_NUMBER}{power}\s*[A-Za-z]"
+    if re.search(r"[\d}\s][cdghlmost]$", answer) and not re.fullmatch(quantity, answer):
+        answer = f"{answer[:-1]}{{{answer[-1]}}}"
+    if "," not in answer and re.search(r"\\(?:pm|mp)(?![a-z])", answer):
+        answer = f"{choose_sign(answer, upper=True)}, {choose_sign(answer, upper=False)}"
+    return answer
+
+
+def choose_sign(answer: str, upper: bool) -> str:
+    """Each \\pm and \\mp replaced by its upper or lower sign."""
+    plus, minus = ("+", "-") if upper else ("-", "+")
+    answer = re.sub(r"\\p[pm](?![a-z])", plus, answer)
+    return re.sub(r"\\m[pm](?![a-z])", minus, answer)
+
+
+def parse_answer(answer: str, normalise: bool) -> list:
+    """math-verify's readings of an answer: a sympy object if it can be read, and a string."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    mode = "any_match"
+    if normalise:
+        answer = normalise_answer(answer)
+        # any_match, the default, takes a lone number out of LaTeX that cannot be read: 10 from
+        # 3 \times 10^8 \unknown{x}
+        mode = "first_match"
+    return parse(
+        f"\\boxed{{{answer}}}",
+        [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()],
+        parsing_timeout=3,
+        extraction_mode=mode,
+        raise_on_error=True,
+    )
+
+
+parse_gold = functools.lru_cache(maxsize=4096)(parse_answer)
+
+
+def answers_match(prediction: str, gold: str, normalise: bool = True) -> bool:
+    """Whether math-verify finds the two equal; False for what it cannot read.
+
+    TimeoutError after 3 s in one step.
+    """
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "answers_match sets SIGALRM, which needs the main thread: grade in a process of its own"
+        )
+    try:
+        readings = parse_gold(gold, normalise), parse_answer(prediction, normalise)
+        equal = verify(
+            *readings, float_rounding=6, strict=True, timeout_seconds=3, raise_on_error=True
+        )
+        if normalise:
+            return numbers_match(*readings, equal)
+        return equal
+    except TimeoutException as late:
+        raise TimeoutError("math-verify took more than 3 s") from late
+    except Exception:  # sympy raises all kinds on what it cannot read or compare: no match
+        return False
+
+
+def numbers_match(gold: list, prediction: list, equal: bool) -> bool:
+    """math-verify's verdict on two readings, mended where both are numbers.
+
+    It finds 1e-8 and 3e-9 equal, to six decimals, and 9.28 \\times 10^{2}, which is 927.99...,
+    not 928.
+    """
+    from math_verify.utils import timeout
+    from sympy import Expr, Float, N
+
+    values = []
+    for readings in (gold, prediction):
+        if readings and isinstance(readings[0], Expr):
+            values.append(readings[0])
+    if len(values) < 2 or values[0] == values[1]:
+        return equal
+    if not all(value.is_number for value in values):
+        return equal
+    if not (equal or any(value.has(Float) for value in values)):
+        return equal
+    x, y = timeout(3)(lambda: [N(value.doit()) for value in values])()
+    size = max(abs(x), abs(y))
+    near = (1e-12 if size > 1e-3 else 1e-6) * size
+    return bool(abs(x - y) <= near) or bool(equal and size > 1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
+# Grading processes
+
+START_SECONDS = 120  # for a worker to load sympy and math-verify
+GRADE_SECONDS = 7.0  # then it is killed: the alarms inside it cannot stop a single long C call
+MOST_MEMORY = 4 << 30  # bytes of a worker: model text may ask for any amount
+MOST_WORKERS = 8
+
+
+def grader_worker() -> None:
+    """A grading process: JSON questions on stdin, JSON verdicts on stdout.
+
+    Until stdin closes or the parent dies.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # some schedulers send them to all processes
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent, if killed too
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    import resource
+
+    answers_match("1", "1")  # load sympy and math-verify before the clock of the first grade starts
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+    verdicts = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no verdict
+    print("ready", file=verdicts, flush=True)
+    for line in sys.stdin:
+        try:
+            verdict = [answers_match(*json.loads(line)), "ok"]
+        except TimeoutError:
+            verdict = [False, "timeout"]
+        except Exception:  # MemoryError, RecursionError and whatever sympy raises on hostile text
+            verdict = [False, "error"]
+        print(json.dumps(verdict), file=verdicts, flush=True)
+
+
+_workers: dict[subprocess.Popen, bool] = {}  # -> is it ready? The pool outlives the call
+
+
+@atexit.register
+def _kill_workers() -> None:
+    for worker in _workers:
+        worker.kill()
+
+
+def _start_worker() -> subprocess.Popen:
+    path = str(ROOT)
+    if os.environ.get("PYTHONPATH"):
+        path += os.pathsep + os.environ["PYTHONPATH"]
+    program = "from support.shared.grading import grader_worker; grader_worker()"
+    worker = subprocess.Popen(
+        [sys.executable, "-P", "-c", program],  # -P: whatever the working directory holds
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+        process_group=0,  # Ctrl-C and SIGTERM are the trainer's business
+    )
+    _workers[worker] = False
+    return worker
+
+
+def grade_completions(texts: list[str], golds: list[str], normalise: bool = True) -> list[Grade]:
+    """A Grade for each completion text against its gold answer; each takes 7 s at most.
+
+    Whatever the model wrote. Answers equal up to white space are right at once; the others go to a
+    pool of processes. A time-out counts as wrong. `normalise=False` leaves out the rewriting of
+    answers that math-verify cannot read, as published graders do.
+    """
+    grades = []
+    todo = []
+    for text, gold in zip(texts, golds, strict=True):
+        grade = grade_at_sight(text, gold)
+        if grade is None:
+            todo.append(len(grades))
+            grade = Grade(False, extract_answer(text), "ok")
+        grades.append(grade)
+    if todo:
+        questions = {i: [grades[i].answer, golds[i], normalise] for i in todo}
+        for i, (correct, status) in ask_workers(questions).items():
+            grades[i] = Grade(correct, grades[i].answer, status)
+    return grades
+
+
+def grade_at_sight(text: str, gold: str) -> Grade | None:
+    """The grade of what needs no mathematics, None for the rest."""
+    answer = extract_answer(text)
+    if answer is None:
+        unfinished = text.rfind("<think>") > text.rfind("</think>")
+        return Grade(False, None, "unfinished" if unfinished else "no_box")
+    if "".join(answer.split()) == "".join(gold.split()):
+        return Grade(True, answer, "ok")
+    whole = answer.isascii() and answer.isdecimal() and gold.isascii() and gold.isdecimal()
+    if whole and answer.lstrip("0") != gold.lstrip("0"):
+        return Grade(False, answer, "ok")
+    return None
+
+
+def workers_wanted(questions: int) -> int:
+    """One for eight questions, as many as this rank's share of the cores allows."""
+    cores = os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MOST_WORKERS, share, math.ceil(questions / 8)))
+
+
+def ask_workers(questions: dict[int, list]) -> dict[int, tuple[bool, str]]:
+    """question number -> (correct, status), from the pool; who is too slow or dies is replaced."""
+    for worker in list(_workers):
+        if worker.poll() is not None:
+            del _workers[worker]
+    while len(_workers) < workers_wanted(len(questions)):
+        _start_worker()
+
+    todo = list(questions)
+    verdicts = {}
+    idle = []
+    busy = {}  # worker -> (question number, or None while it starts; deadline)
+    for worker, ready in _workers.items():
+        if ready:
+            idle.append(worker)
+        else:
+            busy[worker] = (None, time.monotonic() + START_SECONDS)
+    while len(verdicts) < len(questions):
+        while todo and idle:
+            worker = idle.pop()
+            i = todo.pop()
+            print(json.dumps(questions[i]), file=worker.stdin, flush=True)
+            busy[worker] = (i, time.monotonic() + GRADE_SECONDS)
+        for worker, line in next_answers(busy):
+            i, _ = busy.pop(worker)
+            if line:
+                _workers[worker] = True
+                idle.append(worker)
+            else:  # too slow (None), or dead ("")
+                worker.kill()
+                del _workers[worker]
+                if i is None:
+                    raise SystemExit("a grading process does not start; is math-verify installed?")
+                busy[_start_worker()] = (None, time.monotonic() + START_SECONDS)
+            if i is not None:
+                verdicts[i] = read_verdict(line)
+    return verdicts
+
+
+def next_answers(
+    busy: dict[subprocess.Popen, tuple[int | None, float]],
+) -> list[tuple[subprocess.Popen, str | None]]:
+    """Wait for the first answer or deadline. -> (worker, its line, or None if its time is up)"""
+    soonest = min(deadline for _, deadline in busy.values())
+    outputs = [worker.stdout for worker in busy]
+    spoke = connection.wait(outputs, max(0.0, soonest - time.monotonic()))
+    answers = []
+    for worker, (_, deadline) in busy.items():
+        if worker.stdout in spoke:
+            answers.append((worker, worker.stdout.readline()))
+        elif time.monotonic() >= deadline:
+            answers.append((worker, None))
+    return answers
+
+
+def read_verdict(line: str | None) -> tuple[bool, str]:
+    if line is None:
+        return False, "timeout"
+    if not line:
+        return False, "error"
+    correct, status = json.loads(line)
+    return correct, status

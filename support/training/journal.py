@@ -1,0 +1,254 @@
+"""The lab notebook of a run: log.jsonl, rollouts.jsonl, curves.png, summary.json, the bar."""
+
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from support.shared.console import progress, say
+from support.shared.files import append_lines, write_json
+from support.shared.plots import canvas, log_scale, save_figure
+from support.shared.processes import rank_and_world, reduce_
+
+ROLLOUT_KEYS = (
+    "step",
+    "index",
+    "seed",
+    "id",
+    "problem",
+    "solution",
+    "answer",
+    "prompt_ids",
+    "completion_ids",
+    "engine_logps",
+    "text",
+    "extracted",
+    "correct",
+    "status",
+    "truncated",
+    "reward",
+    "advantage",
+)
+PHASES = ("rollout", "passes", "update")
+REDRAW_SECONDS = 20
+
+
+def open_journal(out: Path, rows: list[dict], settings: dict, start: int) -> SimpleNamespace:
+    """What record_step needs; `rows` are those of the log so far, `start` the first to come."""
+    bar = progress(total=settings["steps"], initial=start, desc="train", unit="step")
+    wandb = None
+    if settings["wandb"] and rank_and_world()[0] == 0:
+        import wandb
+
+        wandb.init(project=settings["wandb"], dir=str(out), config=settings)
+    return SimpleNamespace(
+        out=out,
+        rows=rows,
+        bar=bar,
+        wandb=wandb,
+        max_grad_norm=settings["max_grad_norm"],
+        max_length=settings["max_length"],
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures of one step
+
+
+def step_figures(
+    rollouts: list[dict], tokens: dict[str, Tensor], eps: float
+) -> dict[str, float | None]:
+    """The whole step's figures, from each rank's rollouts and what was computed of their tokens.
+
+    Means over tokens, but for the loss (a sum) and entropy_max. delta_right and delta_wrong are
+    those of right and of wrong rollouts, None where there is no such token.
+    """
+    device = tokens["logp"].device
+    lengths = torch.tensor([len(r["completion_ids"]) for r in rollouts], device=device)
+    correct = torch.tensor([r["correct"] for r in rollouts], device=device)
+    right = correct.repeat_interleave(lengths)  # (N,)
+    engine_logp = []
+    for r in rollouts:
+        engine_logp += r["engine_logps"]
+    engine_logp = torch.tensor(engine_logp, device=device)  # (N,)
+    w = tokens["w"]
+    delta = tokens["logp_T"] - tokens["logp"]
+    sums = {
+        "loss": tokens["loss"],
+        "magnitude": w,
+        "clipped": (w <= 1 - eps) | (w >= 1 + eps),
+        "delta_right": delta[right],
+        "delta_wrong": delta[~right],
+        "canary": (tokens["raw_logp"] - engine_logp).abs(),
+        "entropy": tokens["H"],
+        "gate": tokens["omega"],
+        "right": right,
+        "tokens": torch.ones_like(w),
+    }
+    mine = torch.stack([value.double().sum() for value in sums.values()])
+    whole = dict(zip(sums, reduce_(mine.cpu()).tolist()))
+    M = whole.pop("tokens")
+    n_right = whole.pop("right")
+    n_wrong = M - n_right
+    figures = {name: value / M for name, value in whole.items()}
+    figures["loss"] = whole["loss"]
+    figures["delta_right"] = whole["delta_right"] / n_right if n_right else None
+    figures["delta_wrong"] = whole["delta_wrong"] / n_wrong if n_wrong else None
+    figures["entropy_max"] = reduce_(tokens["H"].max().cpu(), "MAX").item()
+    return figures
+
+
+def log_row(
+    step: int,
+    rollouts: list[dict],
+    skipped: list[str],
+    figures: dict,
+    clock: list[float],
+    device: torch.device,
+) -> dict:
+    """One line of log.jsonl: each figure is the whole step's; those of the machine come last."""
+    n = len(rollouts)
+    tokens = 0
+    unboxed = 0
+    timeouts = 0
+    row = {"step": step, "reward": 0.0, "correct": 0.0, "truncated": 0.0, "advantage": 0.0}
+    for r in rollouts:
+        for key in ("reward", "correct", "truncated", "advantage"):
+            row[key] += r[key] / n
+        tokens += len(r["completion_ids"])
+        unboxed += r["extracted"] is None
+        timeouts += r["status"] == "timeout"
+    row["length"] = tokens / n
+    row["unboxed"] = unboxed / n
+    row["timeouts"] = timeouts
+    row.update(figures)
+    row["skipped"] = len(skipped)
+    row["skipped_prompts"] = skipped
+    row["seconds"] = {}
+    for name, begin, end in zip(PHASES, clock, clock[1:]):
+        row["seconds"][name] = round(end - begin, 4)
+    row["tokens_per_second"] = round(tokens / (clock[-1] - clock[0]), 1)
+    row["memory_gib"] = round(peak_memory(device) / 2**30, 2)
+    return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's memory, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+def record_step(
+    journal: SimpleNamespace, row: dict, rollouts: list[dict], redraw: bool = False
+) -> None:
+    """Add the step to the files of the run, and say what a user should not miss."""
+    journal.bar.update()
+    journal.bar.set_postfix(
+        reward=f"{row['reward']:.2f}", right=f"{row['correct']:.0%}", length=f"{row['length']:.0f}"
+    )
+    if rank_and_world()[0] > 0:
+        return
+    kept = []
+    for r in rollouts:
+        kept.append({key: r[key] for key in ROLLOUT_KEYS})
+    append_lines(journal.out / "rollouts.jsonl", kept)
+    append_lines(journal.out / "log.jsonl", [row])
+    journal.rows.append(row)
+    if journal.wandb:
+        journal.wandb.log(row, step=row["step"])
+    curves = journal.out / "curves.png"
+    if redraw or not curves.exists() or time.time() - curves.stat().st_mtime > REDRAW_SECONDS:
+        draw_curves(curves, journal.rows, journal.max_grad_norm)
+    warn(row, rollouts, journal.max_length)
+
+
+def warn(row: dict, rollouts: list[dict], max_length: int) -> None:
+    step = row["step"]
+    for name in row["skipped_prompts"]:
+        say(
+            f"step {step}: skipped problem {name}, which does not fit into --max_length "
+            f"{max_length}"
+        )
+    if not any(r["reward"] for r in rollouts):  # [D8]
+        say(
+            f"step {step}: NOT ONE ROLLOUT EARNED A REWARD ({row['truncated']:.0%} truncated, "
+            f"{row['unboxed']:.0%} without a boxed answer): try a longer --max_completion, "
+            "--no-thinking, or easier problems"
+        )
+
+
+def write_summary(
+    journal: SimpleNamespace, summary: dict, steps: int | None = None, began: float = 0.0
+) -> None:
+    """summary.json, and the table of before and after; `steps` and `began` once it has ended."""
+    if rank_and_world()[0] > 0:
+        return
+    if steps is not None:
+        seconds = {}
+        for name in PHASES:
+            seconds[name] = round(sum(row["seconds"][name] for row in journal.rows), 1)
+        seconds["total"] = round(time.perf_counter() - began, 1)
+        summary = {**summary, "steps": steps, "seconds": seconds}
+    write_json(journal.out / "summary.json", summary)
+    if "after" in summary:
+        say("\n          accuracy   length")
+        for when in ("before", "after"):
+            if when in summary:
+                scores = summary[when]
+                say(f"{when:<8} {scores['accuracy']:>7.1f} % {scores['length']:>8.1f}")
+
+
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito
+PANELS = (  # title, unit, figures
+    ("rollouts", "share (reward: r)", ("correct", "truncated", "reward")),
+    ("completion length", "tokens", ("length",)),
+    ("weights", "mean over tokens", ("gate", "magnitude")),
+    ("teacher evidence \u03b4 by rollout", "nats a token", ("delta_right", "delta_wrong")),
+    ("teacher entropy", "nats", ("entropy", "entropy_max")),
+    ("gradient before clipping", "norm", ("grad_norm",)),
+)
+
+
+MOST_POINTS = 500  # of a curve: drawing a long log takes no longer than a short one
+
+
+def thin(values: list[float]) -> list[float]:
+    """Means of consecutive values, without NaN among them; the values themselves while few."""
+    width = math.ceil(len(values) / MOST_POINTS)
+    if width <= 1:
+        return values
+    thinned = []
+    for start in range(0, len(values), width):
+        part = [value for value in values[start : start + width] if not math.isnan(value)]
+        thinned.append(sum(part) / len(part) if part else math.nan)
+    return thinned
+
+
+def draw_curves(path: Path, rows: list[dict], max_grad_norm: float) -> None:
+    """curves.png: what to watch in a run, redrawn as it goes; of a long one, means over steps."""
+    figure, axes = canvas(2, 3, 13, 6.5)
+    steps = thin([row["step"] for row in rows])
+    xlabel = "step"
+    if len(steps) < len(rows):
+        xlabel = f"step (means of {len(rows) / len(steps):.0f})"
+    for axis, (title, unit, names) in zip(axes.flat, PANELS):
+        for name, color, dash in zip(names, (BLUE, RED, GREY), ("-", "--", ":")):
+            values = [math.nan if row[name] is None else row[name] for row in rows]
+            axis.plot(steps, thin(values), dash, color=color, label=name.replace("_", " "))
+        if names == ("grad_norm",):
+            axis.axhline(max_grad_norm, color=RED, linestyle="--", linewidth=1, label="clipped to")
+            log_scale(axis)
+        axis.set(title=title, xlabel=xlabel, ylabel=unit)
+        axis.legend(fontsize=8)
+    save_figure(path, figure)
