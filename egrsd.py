@@ -8,7 +8,7 @@ reference solution, is the teacher. Each sampled token is then pushed up or down
     loss       = -1/M * sum over i, t of A_hat[i,t] * log p_theta(y[i,t])
 
     direction   A      did this answer earn more reward than usual?                        Eq. 9
-    magnitude   w      does the teacher like this token more than the student does?        Eq. 2
+    magnitude   w      does the teacher agree, more than the student does already?         Eq. 2
     confidence  omega  is the teacher's distribution concentrated, by its entropy at t
                        (EGRSD) or by the lowest within the next W tokens (CL-EGRSD)?       Eq. 6, 8
 
@@ -23,18 +23,20 @@ Symbols (the paper's)                          Shapes
     p_S    student: adapter on, sees x             V  vocabulary, v a tile of it; d hidden size
     H      teacher entropy in nats                 L  tokens of prompt and completion
     delta  log p_T(y) - log p_S(y), in nats        M  completion tokens of the whole step
+    gamma  strength of the gate                    W  lookahead in tokens
 
 The file reads as the data flow: settings, problems, rollout, reward, forward pass, head, gate, the
 step, training. "Alg. 1, line n" marks each line of Algorithm 1 once, in order. Where the paper is
-silent we had to decide, and a tag marks where (README says why):
+silent, or says two things, we had to decide. A tag marks where, here or in support/ (README says
+why):
     D1   the gate divides by the step's highest entropy before the lookahead, at least 1 nat
     D2   a "batch" is the whole optimizer step: all ranks, all micro-batches
     D3   log-probabilities and entropies are at temperature 1, whatever the sampling
     D4   rewards are whitened by all earlier ones; steps 0 to 9 use r - 0.5; sigma < 1e-6 means 1
     D5   sign(0) = 0: no update
     D6   p_S inside w is that of the same forward pass, detached; no importance ratio
-    D7   both prompts are one user turn; the teacher's adds the reference and a transition
-    D8   training does not think by default, evaluation does
+    D7   one user turn for each role; the teacher's adds the reference and a transition
+    D8   training does not think by default, eval.py does
     D9   a sampled end token is a completion token
     D10  a problem that does not fit is skipped and named, never cut
     D11  AdamW, constant rate, no decay; float32 adapter, bfloat16 base; pushed, never merged
@@ -174,12 +176,15 @@ FREE_ON_RESUME = (
 ).split()
 
 
-def parse_settings(argv: list[str] | None = None) -> Settings:
+def parse_settings(
+    argv: list[str] | None = None, kind: type = Settings, prog: str = "egrsd.py", doc: str = __doc__
+) -> Settings:
     """Settings: defaults, then the preset, then (with --resume) the run's own, then the options.
 
-    Exits with status 2 and a sentence where an option is unknown or a value makes no sense.
+    `kind` is Settings, or a dataclass that adds to it. Exits with status 2 and a sentence where an
+    option is unknown or a value makes no sense.
     """
-    parser = make_parser(Settings, "egrsd.py", __doc__)
+    parser = make_parser(kind, prog, doc)
     # Parsed twice. The first time tells the preset and the run, whose values then become the
     # defaults of the second time, so that an option on the command line always wins.
     first = parser.parse_args(argv)
@@ -198,7 +203,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     sentence = find_broken_rule(given, fixed, world=processes.rank_and_world()[1])
     if sentence:
         parser.error(sentence)
-    return Settings(**vars(given))
+    return kind(**vars(given))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,8 +224,9 @@ def next_problems(
         order = data.epoch_order(s.seed, epoch, len(problems))
         row = dict(problems[order[place]])
         position += 1
-        # The two contexts differ in what is asked, and in nothing else: same chat template, same
-        # generation prefix. So delta isolates what the reference adds. [D7]
+        # The two contexts differ in what is asked, and in nothing else: one user turn in the same
+        # chat template, with the same generation prefix. So delta shows what the reference adds
+        # (and, as training goes on, what the student's adapter has learned). [D7]
         student = data.fill(s.student_prompt, row)
         teacher = data.fill(s.teacher_prompt, row)
         row["prompt_ids"] = data.encode_prompt(tokenizer, student, s.thinking)
@@ -411,12 +417,13 @@ def roll_out(
     """
     prompts = [row["prompt_ids"] for row in batch]  # Alg. 1, line 2
     seeds = [engines.rollout_seed(s.seed, step, offset + i) for i in range(len(batch))]
-    mine = []
-    drawn = sample(prompts, seeds, max_new=s.max_completion, **sampling)  # Alg. 1, line 3
+    drawn = list(sample(prompts, seeds, max_new=s.max_completion, **sampling))  # Alg. 1, line 3
+    mine = []  # of this rank
     for i, ids, logps in drawn:
         rollout = {**batch[i], "step": step, "index": offset + i, "seed": seeds[i]}
-        rollout["completion_ids"] = ids
+        rollout["completion_ids"] = ids  # with the end token, if it was sampled [D9]
         rollout["engine_logps"] = logps
+        # text, graded_text (which begins with <think> if the prompt ended with it), truncated
         rollout.update(data.read_completion(tokenizer, prompts[i], ids, eos_ids))
         mine.append(rollout)
     for rollout, (reward, grade) in zip(mine, compute_rewards(mine, s)):
@@ -438,6 +445,7 @@ def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grad
     (correct, answer, status) is for the log. Steps 0 to 9 subtract 0.5 from r, which suits rewards
     between 0 and 1.5: see RewardStats.advantages. For plain correctness --beta_L 0 is enough.
     """
+    # Right: the last box after the final </think> equals the gold, as math-verify sees it. [D12]
     texts = [r["graded_text"] for r in rollouts]
     golds = [r["answer"] for r in rollouts]
     rewards = []
@@ -609,9 +617,14 @@ def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[
 # The logits are most of a naive trainer's memory: in float32 those of 4 x 1,024 tokens are 2.5 GB
 # at V = 151,936, and autograd keeps several such tensors. Here `chunk` tokens meet 8,192 rows of
 # the head at a time, and only sums over the vocabulary outlive a tile. The student needs no
-# autograd in here either, since the gradient is known in closed form:
+# autograd in here either, since with the head's rows U (V, d) the gradient is known in closed form:
 #
-#     d log p(y) / d hidden = W[y] - sum over v of p(v) W[v]
+#     d log p(y) / d hidden = U[y] - sum over v of p(v) U[v]
+#
+# Two tiles are put together by the share of the second in both, s = Z_tile / (Z + Z_tile):
+#
+#     a mean      (1 - s) mean + s mean_tile
+#     an entropy  (1 - s) H + s H_tile - s log s - (1 - s) log(1 - s)    (its chain rule)
 
 VOCAB_TILE = 8_192  # ours: d 512, V 151,936, two CPU cores: 2.1 s, all of V 2.8 s; GPU unmeasured
 
@@ -624,7 +637,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _softmax_of_tile(hidden: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(n, v) logits minus their largest, (n, v) their e^z, (n,) its sum, (n,) log-sum-exp."""
+    """(n, v) logits minus their largest, (n, v) e to these, (n,) its sum; (n,) log-sum-exp."""
     z = _matmul(hidden, tile.T)
     top = z.amax(1, keepdim=True)
     z -= top
@@ -638,20 +651,19 @@ def _softmax_of_tile(hidden: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tens
 def _logprob_and_entropy(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
+    """logprob_and_entropy without its checks: what the teacher's pass calls."""
     logps = []
     entropies = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # (n, d), (n,)
-        # The softmax over all tiles so far: the log of its sum of e^z, and its entropy.
-        log_Z = h.new_full((len(h),), -math.inf, dtype=torch.float32)  # (n,)
-        H = torch.zeros_like(log_Z)  # (n,)
+        log_Z = h.new_full((len(h),), -math.inf, dtype=torch.float32)  # (n,) over all tiles so far
+        H = torch.zeros_like(log_Z)  # (n,) likewise
         for tile in head_weight.split(VOCAB_TILE):  # (v, d)
-            z, e, total, log_z = _softmax_of_tile(h, tile)
-            H_tile = total.log() - (z * e).sum(1) / total  # entropy inside the tile
-            share = torch.sigmoid(log_z - log_Z)  # of this tile in the sum so far: 1 for the first
-            # The chain rule of entropy: which part is it in, and which token inside that part?
+            z, e, total, log_Z_tile = _softmax_of_tile(h, tile)
+            H_tile = total.log() - (z * e).sum(1) / total
+            share = torch.sigmoid(log_Z_tile - log_Z)  # 1 for the first tile
             inside = (1 - share) * H + share * H_tile
             H = inside + torch.special.entr(share) + torch.special.entr(1 - share)
-            log_Z = torch.logaddexp(log_Z, log_z)
+            log_Z = torch.logaddexp(log_Z, log_Z_tile)
         z_y = (h.float() * head_weight[y].float()).sum(1)  # (n,) the target's logit
         logps.append(z_y - log_Z)
         entropies.append(H)
@@ -662,17 +674,18 @@ def _logprob_and_entropy(
 def _logprob_and_gradient(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
+    """logprob_and_gradient without its checks: what the student's pass calls."""
     logps = []
     gradients = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # (n, d), (n,)
-        log_Z = h.new_full((len(h),), -math.inf, dtype=torch.float32)  # (n,)
-        mean_row = torch.zeros_like(h, dtype=torch.float32)  # (n, d) E[W[v]] over all tiles so far
+        log_Z = h.new_full((len(h),), -math.inf, dtype=torch.float32)  # (n,) over all tiles so far
+        mean_row = torch.zeros_like(h, dtype=torch.float32)  # (n, d) likewise: sum of p(v) U[v]
         for tile in head_weight.split(VOCAB_TILE):  # (v, d)
-            _, e, total, log_z = _softmax_of_tile(h, tile)
+            _, e, total, log_Z_tile = _softmax_of_tile(h, tile)
             mean_of_tile = _matmul(e.to(tile.dtype), tile) / total[:, None]  # (n, d)
-            share = torch.sigmoid(log_z - log_Z)[:, None]  # (n, 1), as above
+            share = torch.sigmoid(log_Z_tile - log_Z)[:, None]  # (n, 1)
             mean_row = (1 - share) * mean_row + share * mean_of_tile
-            log_Z = torch.logaddexp(log_Z, log_z)
+            log_Z = torch.logaddexp(log_Z, log_Z_tile)
         row_y = head_weight[y].float()  # (n, d)
         logps.append((h.float() * row_y).sum(1) - log_Z)
         gradients.append(row_y - mean_row)
@@ -720,6 +733,7 @@ def score_completions(
     for part in micro_batches(rollouts, prompts, s.micro_batch_tokens):
         hidden, y = completion_hidden(model, part, prompts)  # (n, d), (n,)
         hidden = hidden / s.logit_temperature  # divides the logits
+        # The teacher's half of line 7; the student's is the pass that trains. [D6]
         logp, H = _logprob_and_entropy(hidden, head, y, s.head_chunk)  # Alg. 1, line 7, 8, 9, 10
         logps.append(logp)
         entropies.append(H)
@@ -773,7 +787,8 @@ def evidence_magnitude(
     """(B, T) w = clip(exp(D * delta), 1 - eps, 1 + eps), detached, from log-probabilities. Eq. 2
 
     Both are (B, T), in nats. `direction` is D = sign(A), (B,). D = 0 gives w = 1 [D5]. There is no
-    mask here: pads must hold numbers too. accumulate_gradient writes the same on flat tensors.
+    mask here: pads must hold numbers too. For tests and diagnostics: accumulate_gradient has its
+    own line for this, on flat tensors.
     """
     tensors.check_magnitude_input(teacher_logp, student_logp, direction, eps)
     D = direction.to(teacher_logp)[:, None]  # (B, 1)
@@ -783,7 +798,10 @@ def evidence_magnitude(
 
 
 def token_advantages(advantages: Tensor, magnitude: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) A_hat = A * w * omega, detached, 0 on pads; `advantages` is (B,). Eq. 7"""
+    """(B, T) A_hat = A * w * omega, detached, 0 on pads; `advantages` is (B,). Eq. 7
+
+    For tests and diagnostics, like evidence_magnitude.
+    """
     tensors.check_product_input(advantages, magnitude, gate, mask)
     A_hat = advantages[:, None] * magnitude * gate
     return A_hat.masked_fill(~mask.bool(), 0.0).detach()
@@ -791,6 +809,39 @@ def token_advantages(advantages: Tensor, magnitude: Tensor, gate: Tensor, mask: 
 
 # --------------------------------------------------------------------------------------------------
 # The step: Algorithm 1 from line 7 to line 19
+
+
+def deal_out(rollouts: list[dict]) -> list[dict]:
+    """This rank's share of the step's rollouts, longest first.
+
+    Dealt out in turn: no rank gets all the long ones, and neighbours need few pads.
+    """
+    rank, world = processes.rank_and_world()
+    by_length = sorted(rollouts, key=lambda r: len(r["prompt_ids"]) + len(r["completion_ids"]))
+    return by_length[::-1][rank::world]
+
+
+def gate_of_step(H: Tensor, lengths: Tensor, gamma: float, W: int) -> Tensor:
+    """(N,) omega of this rank's tokens, from their (N,) entropies and the (B,) lengths of the rows.
+
+    One maximum for the whole step, over all ranks and micro-batches [D2].
+    """
+    H_max = processes.reduce_(H.nan_to_num(math.inf, math.inf).max(), "MAX")  # ()
+    if not H_max.isfinite():
+        return torch.full_like(H, math.nan)  # on every rank: train() sees a loss of NaN, and stops
+    H_rows = pad_sequence(H.split(lengths.tolist()), batch_first=True)  # (B, T)
+    mask = torch.arange(H_rows.shape[1], device=H.device) < lengths[:, None]  # (B, T)
+    return confidence_gate(H_rows, mask, gamma, W, H_max)[mask]
+
+
+def sum_gradients_over_ranks(model) -> None:
+    """One flat all-reduce of the adapter's gradient. No DDP: switching adapters would upset it."""
+    if processes.rank_and_world()[1] == 1:
+        return
+    grads = [p.grad for p in trainable(model).values()]
+    flat = processes.reduce_(torch.cat([g.flatten() for g in grads]))
+    for g, whole in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(whole.view_as(g))
 
 
 def accumulate_gradient(
@@ -804,13 +855,9 @@ def accumulate_gradient(
     -> this rank's share of the rollouts, and flat (N,) tensors over their completion tokens, row
     after row: logp_T, H, omega, logp, raw_logp (at temperature 1), w, loss. For the log.
     """
-    rank, world = processes.rank_and_world()
-    head = models.head_of(model)
-
-    # Longest first, dealt out in turn: no rank gets all the long ones, and little is padded.
-    by_length = sorted(rollouts, key=lambda r: len(r["prompt_ids"]) + len(r["completion_ids"]))
-    mine = by_length[::-1][rank::world]
+    mine = deal_out(rollouts)
     M = sum(len(r["completion_ids"]) for r in rollouts)  # tokens of all ranks
+    head = models.head_of(model)  # (V, d)
     lengths = torch.tensor([len(r["completion_ids"]) for r in mine], device=head.device)  # (B,)
     A = torch.tensor([r["advantage"] for r in mine], device=head.device)  # (B,)
     A = A.repeat_interleave(lengths)  # (N,), a rollout's own at each of its tokens
@@ -821,15 +868,8 @@ def accumulate_gradient(
     with as_teacher(model):
         logp_T, H = score_completions(model, mine, "teacher_prompt_ids", s)  # (N,), (N,)
 
-    # Lines 11 to 15. Its entropies become the gate. One maximum for the whole step, over all ranks
-    # and micro-batches [D2].
-    H_max = processes.reduce_(H.nan_to_num(math.inf, math.inf).max(), "MAX")  # ()
-    H_rows = pad_sequence(H.split(lengths.tolist()), batch_first=True)  # (B, T)
-    mask = torch.arange(H_rows.shape[1], device=head.device) < lengths[:, None]  # (B, T)
-    if H_max.isfinite():
-        omega = confidence_gate(H_rows, mask, s.gamma, s.W, H_max)[mask]  # (N,)
-    else:
-        omega = torch.full_like(H, math.nan)  # on every rank: train() sees a loss of NaN, and stops
+    # Lines 11 to 15. Its entropies become the gate: low where it does not know what comes next.
+    omega = gate_of_step(H, lengths, s.gamma, s.W)  # (N,)
 
     # Lines 16 to 19. The student reads the same completions without the reference, one micro-batch
     # at a time, and each token's gradient is weighed by what the three signals say of it.
@@ -855,20 +895,15 @@ def accumulate_gradient(
         # dL/dhidden is a known multiple of dlogp/dhidden, since A_hat is a constant.
         hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))
 
-        raw_logp = logp  # as the engine reports it, at temperature 1
+        # For the canary, which compares it with the log-probabilities of the rollout engine.
+        raw_logp = logp
         if s.logit_temperature != 1:
             raw_hidden = hidden.detach() * s.logit_temperature
             raw_logp, _ = _logprob_and_entropy(raw_hidden, head, y, s.head_chunk)
         for name, value in zip(done, (logp, raw_logp, w, loss)):
             done[name].append(value)
     model.eval()
-
-    # One flat all-reduce of the adapter's gradient; no DDP, which switching adapters would upset.
-    if world > 1:
-        grads = [p.grad for p in trainable(model).values()]
-        flat = processes.reduce_(torch.cat([g.flatten() for g in grads]))
-        for g, whole in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(whole.view_as(g))
+    sum_gradients_over_ranks(model)
     student = {name: torch.cat(values) for name, values in done.items()}
     return mine, {"logp_T": logp_T, "H": H, "omega": omega, **student}
 
@@ -877,9 +912,13 @@ def accumulate_gradient(
 # Training: set up, Algorithm 1 step by step, finish
 
 
-def train(s: Settings) -> None:
-    """The whole run. What it leaves is in the folder --out: adapter, log, rollouts, curves."""
-    run = set_up(s)
+def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | None = None) -> None:
+    """The whole run. What it leaves is in the folder --out: adapter, log, rollouts, curves.
+
+    Another method comes in through `method(run, s)`: it may put functions of its own in the place
+    of run.roll_out and run.accumulate_gradient, and tensors into run.kept. See baselines.py.
+    """
+    run = set_up(s, method)
     if run is None:  # it is finished already
         return
     model = run.model
@@ -890,7 +929,9 @@ def train(s: Settings) -> None:
         batch = [row for row in batch for _ in range(s.rollouts_per_prompt)]
 
         # The policy of the moment answers, and is told how well: every rank gets all rollouts.
-        rollouts = roll_out(run.sample, batch, run.tokenizer, run.eos_ids, step, s, **run.sampling)
+        rollouts = run.roll_out(
+            run.sample, batch, run.tokenizer, run.eos_ids, step, s, **run.sampling
+        )
         rewards = [r["reward"] for r in rollouts]
         advantages = run.stats.advantages(rewards, step)  # (B,)
         for r, A in zip(rollouts, advantages.tolist()):
@@ -898,7 +939,7 @@ def train(s: Settings) -> None:
         clock.append(time.perf_counter())
 
         # Teacher, gate, student: lines 7 to 19 of Algorithm 1. Fills p.grad.
-        mine, tokens = accumulate_gradient(model, rollouts, s)
+        mine, tokens = run.accumulate_gradient(model, rollouts, s)
         norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), s.max_grad_norm).item()
         clock.append(time.perf_counter())
 
@@ -926,12 +967,23 @@ def train(s: Settings) -> None:
     finish(run, s)
 
 
-def set_up(s: Settings) -> SimpleNamespace | None:
+def set_up(s: Settings, method: Callable | None = None) -> SimpleNamespace | None:
     """Load, start the engine, show, evaluate before. -> all that the loop needs; None: finished.
 
-    Nothing of an earlier run in --out is deleted before all that may fail has not.
+    Nothing of an earlier run in --out is deleted before all that may fail has not. The fields:
+        problems, held_out    rows of --data and --eval_data
+        tokenizer, eos_ids    and the token ids that end a completion
+        model, optimizer      base with adapter; AdamW
+        stats                 running mean and deviation of the rewards
+        start, position       first step to come; rows of the data gone through
+        sample, push          the engine: completions from it, the adapter to it
+        sampling              temperature, top_p, top_k of training
+        roll_out, accumulate_gradient, kept    see train()
+        journal, summary      log, curves and bar; what summary.json will say
+        out, checkpoint       the folder; what it goes on from, or None
+        device, began, stopped    this rank's; when it began; signals that came
     """
-    run = load_run(s)
+    run = load_run(s, method)
     if run is None:
         return None
     settings = dataclasses.asdict(s)
@@ -968,7 +1020,7 @@ def set_up(s: Settings) -> SimpleNamespace | None:
     return run
 
 
-def load_run(s: Settings) -> SimpleNamespace | None:
+def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | None:
     """The run folder, data, model, optimizer and statistics, as its last checkpoint left them."""
     run = SimpleNamespace(began=time.perf_counter(), stopped=processes.stop_on_signals())
     run.out = Path(s.out)
@@ -995,14 +1047,19 @@ def load_run(s: Settings) -> SimpleNamespace | None:
         trainable(run.model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0
     )  # [D11]
     run.stats = RewardStats()
+    run.roll_out = roll_out
+    run.accumulate_gradient = accumulate_gradient
+    run.kept = teacher_state(run.model)
+    if method:
+        method(run, s)
     run.start = 0
-    run.position = 0  # rows of the data that the run has gone through
+    run.position = 0
     if run.checkpoint:
         run.start, run.position, stats = run_folder.load_checkpoint(
             run.checkpoint,
             trainable(run.model),
             run.optimizer,
-            teacher_state(run.model),
+            run.kept,
             functools.partial(load_student, run.model),
         )
         run.stats.load_state_dict(stats)
@@ -1044,8 +1101,17 @@ def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
     with console.progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
         for start in range(0, len(rows), 256):
             batch = rows[start : start + 256]
-            engine = run.sample, batch, run.tokenizer, run.eos_ids
-            for r in roll_out(*engine, "evaluation", s, offset=start, **sampling):
+            answers = roll_out(
+                run.sample,
+                batch,
+                run.tokenizer,
+                run.eos_ids,
+                "evaluation",
+                s,
+                offset=start,
+                **sampling,
+            )
+            for r in answers:
                 right += r["correct"]
                 tokens += len(r["completion_ids"])
             bar.update(len(batch))
@@ -1091,7 +1157,7 @@ def save_run(run: SimpleNamespace, step: int, s: Settings) -> None:
         dataclasses.asdict(s),
         parameters=trainable(run.model),
         optimizer=run.optimizer,
-        others=teacher_state(run.model),
+        others=run.kept,
         save_student=functools.partial(save_student, run.model),
     )
 

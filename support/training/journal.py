@@ -34,6 +34,19 @@ ROLLOUT_KEYS = (
     "reward",
     "advantage",
 )
+FIGURES = (  # of step_figures, in the order of the log
+    "loss",
+    "magnitude",
+    "magnitude_off",
+    "clipped",
+    "delta_off",
+    "delta_right",
+    "delta_wrong",
+    "canary",
+    "entropy",
+    "gate",
+    "entropy_max",
+)
 PHASES = ("rollout", "passes", "update")
 REDRAW_SECONDS = 20
 
@@ -66,41 +79,51 @@ def step_figures(
     """The whole step's figures, from each rank's rollouts and what was computed of their tokens.
 
     Means over tokens, but for the loss (a sum) and entropy_max. delta_right and delta_wrong are
-    those of right and of wrong rollouts, None where there is no such token.
+    those of right and of wrong rollouts. None: there is no such token, or no such figure, since a
+    method without a teacher has no logp_T, H, omega or w.
     """
     device = tokens["logp"].device
     lengths = torch.tensor([len(r["completion_ids"]) for r in rollouts], device=device)
     correct = torch.tensor([r["correct"] for r in rollouts], device=device)
     right = correct.repeat_interleave(lengths)  # (N,)
+    everywhere = torch.ones_like(right)
+    each = {"loss": (tokens["loss"], everywhere)}  # name: values, tokens that count
+    if "w" in tokens:
+        w = tokens["w"]
+        each["magnitude"] = (w, everywhere)
+        each["magnitude_off"] = ((w - 1).abs(), everywhere)
+        each["clipped"] = ((w <= 1 - eps) | (w >= 1 + eps), everywhere)
+    if "logp_T" in tokens:
+        delta = tokens["logp_T"] - tokens["logp"]
+        each["delta_off"] = (delta.abs(), everywhere)
+        each["delta_right"] = (delta, right)
+        each["delta_wrong"] = (delta, ~right)
+    if "H" in tokens:
+        each["entropy"] = (tokens["H"], everywhere)
+    if "omega" in tokens:
+        each["gate"] = (tokens["omega"], everywhere)
+    if all(r["engine_logps"] for r in rollouts):
+        each["canary"] = (distance_to_engine(rollouts, tokens["raw_logp"]), everywhere)
+
+    sums = []
+    for value, counted in each.values():
+        sums += [value[counted].double().sum(), counted.double().sum()]
+    sums = reduce_(torch.stack(sums).cpu()).tolist()
+    figures = dict.fromkeys(FIGURES)
+    for name, total, count in zip(each, sums[::2], sums[1::2]):
+        figures[name] = total / count if count else None
+    figures["loss"] = sums[0]
+    if "H" in tokens:
+        figures["entropy_max"] = reduce_(tokens["H"].max().cpu(), "MAX").item()
+    return figures
+
+
+def distance_to_engine(rollouts: list[dict], logp: Tensor) -> Tensor:
+    """(N,) nats between the engine's and the trainer's log-probability of each token."""
     engine_logp = []
     for r in rollouts:
         engine_logp += r["engine_logps"]
-    engine_logp = torch.tensor(engine_logp, device=device)  # (N,)
-    w = tokens["w"]
-    delta = tokens["logp_T"] - tokens["logp"]
-    sums = {
-        "loss": tokens["loss"],
-        "magnitude": w,
-        "clipped": (w <= 1 - eps) | (w >= 1 + eps),
-        "delta_right": delta[right],
-        "delta_wrong": delta[~right],
-        "canary": (tokens["raw_logp"] - engine_logp).abs(),
-        "entropy": tokens["H"],
-        "gate": tokens["omega"],
-        "right": right,
-        "tokens": torch.ones_like(w),
-    }
-    mine = torch.stack([value.double().sum() for value in sums.values()])
-    whole = dict(zip(sums, reduce_(mine.cpu()).tolist()))
-    M = whole.pop("tokens")
-    n_right = whole.pop("right")
-    n_wrong = M - n_right
-    figures = {name: value / M for name, value in whole.items()}
-    figures["loss"] = whole["loss"]
-    figures["delta_right"] = whole["delta_right"] / n_right if n_right else None
-    figures["delta_wrong"] = whole["delta_wrong"] / n_wrong if n_wrong else None
-    figures["entropy_max"] = reduce_(tokens["H"].max().cpu(), "MAX").item()
-    return figures
+    return (logp - torch.tensor(engine_logp, device=logp.device)).abs()
 
 
 def log_row(
