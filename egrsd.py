@@ -740,6 +740,13 @@ def score_completions(
     return torch.cat(logps), torch.cat(entropies)
 
 
+def logp_at_one(logp: Tensor, hidden: Tensor, head: Tensor, y: Tensor, s: Settings) -> Tensor:
+    """(n,) log p(y) at temperature 1, of hidden states (n, d) divided by --logit_temperature."""
+    if s.logit_temperature == 1:
+        return logp
+    return _logprob_and_entropy(hidden.detach() * s.logit_temperature, head, y, s.head_chunk)[0]
+
+
 # --------------------------------------------------------------------------------------------------
 # Confidence, magnitude, and their product: functions of (B, T) right-padded tensors and their mask
 
@@ -896,10 +903,7 @@ def accumulate_gradient(
         hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))
 
         # For the canary, which compares it with the log-probabilities of the rollout engine.
-        raw_logp = logp
-        if s.logit_temperature != 1:
-            raw_hidden = hidden.detach() * s.logit_temperature
-            raw_logp, _ = _logprob_and_entropy(raw_hidden, head, y, s.head_chunk)
+        raw_logp = logp_at_one(logp, hidden, head, y, s)
         for name, value in zip(done, (logp, raw_logp, w, loss)):
             done[name].append(value)
     model.eval()
@@ -916,7 +920,8 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
     """The whole run. What it leaves is in the folder --out: adapter, log, rollouts, curves.
 
     Another method comes in through `method(run, s)`: it may put functions of its own in the place
-    of run.roll_out and run.accumulate_gradient, and tensors into run.kept. See baselines.py.
+    of run.roll_out and run.accumulate_gradient, tensors that checkpoints hold into run.kept, and
+    figures for the log into run.figures. See baselines.py.
     """
     run = set_up(s, method)
     if run is None:  # it is finished already
@@ -949,6 +954,7 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
             stop_not_finite(run, rollouts, step, s)
         guards.check_canary(figures["canary"], model, step)
         figures.update(running_mean=run.stats.mean, running_std=run.stats.std, grad_norm=norm)
+        figures.update(run.figures)
 
         run.optimizer.step()  # Alg. 1, line 20
         run.stats.update(rewards)  # Alg. 1, line 21
@@ -978,7 +984,7 @@ def set_up(s: Settings, method: Callable | None = None) -> SimpleNamespace | Non
         start, position       first step to come; rows of the data gone through
         sample, push          the engine: completions from it, the adapter to it
         sampling              temperature, top_p, top_k of training
-        roll_out, accumulate_gradient, kept    see train()
+        roll_out, accumulate_gradient, kept, figures    see train()
         journal, summary      log, curves and bar; what summary.json will say
         out, checkpoint       the folder; what it goes on from, or None
         device, began, stopped    this rank's; when it began; signals that came
@@ -1050,6 +1056,7 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
     run.roll_out = roll_out
     run.accumulate_gradient = accumulate_gradient
     run.kept = teacher_state(run.model)
+    run.figures = {}
     if method:
         method(run, s)
     run.start = 0

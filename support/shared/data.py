@@ -147,16 +147,20 @@ def encode_prompt(tokenizer, content: str, thinking: bool) -> list[int]:
         fail("the chat template of this model changes or repeats the user's text: not supported")
     content = content.strip()
     begin = text.index(mark)
-    text = text.replace(mark, content)
+    return encode_text(tokenizer, text.replace(mark, content), begin, begin + len(content))
+
+
+def encode_text(tokenizer, text: str, begin: int = 0, end: int | None = None) -> list[int]:
+    """Token ids of a text in whose part from `begin` to `end` no control token counts."""
     control = {*tokenizer.get_added_vocab(), "<think>", "</think>"} - {""}
     pattern = "(?=" + "|".join(map(re.escape, control)) + ")"
     ids = []
     start = 0
-    for match in re.finditer(pattern, content):
+    for match in re.finditer(pattern, text[begin:end]):
         cut = begin + match.start() + 1
         ids += tokenizer(text[start:cut], add_special_tokens=False).input_ids
         start = cut
-    # one piece, where the content is harmless
+    # one piece, where the text is harmless
     return ids + tokenizer(text[start:], add_special_tokens=False).input_ids
 
 

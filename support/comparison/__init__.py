@@ -1,0 +1,1 @@
+"""Parts of baselines.py alone."""
