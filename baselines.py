@@ -145,6 +145,10 @@ def rules_of(s: ComparisonSettings) -> list[tuple[object, str]]:
     gated = s.method == "egrsd"
     return [
         (
+            s.method == "none" and s.steps,
+            "--method none is the untouched base: leave --steps out",
+        ),
+        (
             s.method == "grpo" and s.rollouts_per_prompt < 2,
             "--method grpo compares the rollouts of one problem: --rollouts_per_prompt must be at "
             "least 2",
@@ -633,12 +637,16 @@ def learn_exposure(
     exposure.learn(run.kept, means, step, progress=(step + 1) / s.steps)
 
 
+def train_method(argv: list[str]) -> None:
+    """One whole run; the study calls it once for each of its own."""
+    train(parse_comparison(argv), use_method)
+
+
 if __name__ == "__main__":
     if "--study" in sys.argv[1:]:
         from support.comparison import study
 
-        study.main(sys.argv[1:])
+        study.main(sys.argv[1:], train_method)
     else:
         with processes.ending_together():
-            settings = parse_comparison(sys.argv[1:])
-            train(settings, use_method)
+            train_method(sys.argv[1:])

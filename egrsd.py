@@ -141,6 +141,7 @@ class Settings:
     solution_column: str = opt("data", "solution", "column with s*, the reference")  # D7
     answer_column: str = opt("data", "Answer", "column with the answer for the reward")  # D7
     eval_data: str = opt("data", "", "held-out problems, answered before and after")  # ours
+    eval_before: bool = opt("data", True, "answer them before training too")  # ours
     student_prompt: str = opt("data", STUDENT_PROMPT, "what the student is asked")  # D7
     teacher_prompt: str = opt("data", TEACHER_PROMPT, "what the teacher is asked")  # D7
     thinking: bool = opt("data", False, "both contexts in thinking mode, if there is one")  # D8
@@ -1020,7 +1021,7 @@ def set_up(s: Settings, method: Callable | None = None) -> SimpleNamespace | Non
     run.journal = journal.open_journal(run.out, rows, settings, run.start)
     run.push()  # what step `start` rolls out with
     # Not after a resume: then it would be the trained adapter's.
-    if run.held_out and "before" not in run.summary and not run.start:
+    if run.held_out and s.eval_before and "before" not in run.summary and not run.start:
         run.summary["before"] = evaluate("before", run, s)
         journal.write_summary(run.journal, run.summary)
     return run

@@ -283,6 +283,7 @@ def test_adapter_changes_the_samples(base_run: Path, adapter_run: Path) -> None:
     assert a.keys() == b.keys() and [r["seed"] for r in a.values()] == [b[k]["seed"] for k in a]
     assert any(a[k]["text"] != b[k]["text"] for k in a)
     assert json.loads((adapter_run / "settings.json").read_text())["training"] | {"run": ""} == {
+        "method": "CL-EGRSD",
         "gamma": 1.0,
         "W": 5,
         "step": 25,

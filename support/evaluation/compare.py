@@ -111,10 +111,21 @@ def common_benchmarks(runs: list[dict]) -> list[str]:
 
 
 def give_labels(runs: list[dict]) -> None:
-    """The folder's name, or its whole path where two have the same."""
+    """The folder's name, or its whole path where two have the same; and the method, if known."""
     names = column(runs, "name")
     for run in runs:
         run["label"] = run["name"] if names.count(run["name"]) == 1 else run["folder"]
+        if "method" in run:
+            run["label"] += f" ({run['method']})"
+
+
+def training_label(run: dict) -> str:
+    """ "gamma 1.0 W 5", and the method where that does not tell it."""
+    about = f"gamma {run['gamma']} W {run['W']}"
+    method = run.get("method", "EGRSD")
+    if method in ("EGRSD", "CL-EGRSD", "RLSD"):
+        return about
+    return f"{method}, {about}" if method.startswith(("EGRSD", "CL-EGRSD")) else method
 
 
 def by_training(runs: list[dict]) -> dict[tuple, list[dict]]:
@@ -220,11 +231,11 @@ def steps_text(runs: list[dict], model: str) -> str:
         return ""
     steps = sorted(steps)
     rows = []
-    for (gamma, W, _), group in trainings.items():
+    for group in trainings.values():
         at = {}
         for run in group:
             at[run["step"]] = show(run["accuracy"], run["se"])
-        row = [f"gamma {gamma} W {W}"]
+        row = [training_label(group[0])]
         for step in steps:
             row.append(at.get(step, ""))
         rows.append(row)
@@ -244,8 +255,8 @@ def sweep_text(last: dict[tuple, dict], model: str, names: list[str]) -> str:
         return ""
     header = ["training", *names, "Avg.", "tokens", "Eff"]
     rows = []
-    for (gamma, W, _), run in last.items():
-        rows.append(our_row(f"gamma {gamma} W {W}, step {run['step']}", run))
+    for run in last.values():
+        rows.append(our_row(f"{training_label(run)}, step {run['step']}", run))
     for row in paper_rows(model, ["6", "A3"]):
         rows.append(paper_row(row, names))
     return "\nLast step of each training (Tables 6, A3)\n\n" + table(header, rows)
@@ -268,9 +279,11 @@ def frontier_points(runs: list[dict], paper: list[dict], names: list[str]) -> li
 
 
 def heatmap_cells(last: dict[tuple, dict]) -> dict[tuple[float, int], dict[str, float]]:
-    """(gamma, W) -> {benchmark or "Avg.": accuracy}"""
+    """(gamma, W) -> {benchmark or "Avg.": accuracy}, of the runs that are told by these two."""
     cells = {}
     for (gamma, W, _), run in last.items():
+        if training_label(run) != f"gamma {gamma} W {W}":
+            continue
         cell = {}
         for name, b in run["benchmarks"].items():
             cell[name] = b["accuracy"]

@@ -127,19 +127,37 @@ def check_adapter(adapter: str, model: str, skeleton) -> int:
 
 
 def training_settings(adapter: Path) -> dict:
-    """gamma, W, step and folder of the run that an adapter comes from, as far as its files tell."""
+    """Method, gamma, W, step and folder of an adapter's run, as far as its files tell."""
     for path in (adapter.parent / "settings.json", adapter / "trainer.json"):
         saved = read_json(path, {})
         saved = saved.get("settings", saved)
         if "gamma" in saved and "W" in saved:
             step = re.fullmatch(r"step_(\d+)", adapter.resolve().name)
             return {
+                "method": method_name(saved),
                 "gamma": saved["gamma"],
                 "W": saved["W"],
                 "run": str(adapter.parent),
                 "step": int(step[1]) if step else 0,
             }
     return {}
+
+
+def method_name(saved: dict) -> str:
+    """What a run's settings amount to: "CL-EGRSD", "OPSD", "EGRSD, shuffled, ema teacher"."""
+    name = saved.get("method", "egrsd").upper()
+    if name == "EGRSD" and saved["W"]:
+        name = "CL-EGRSD"
+    elif name == "EGRSD" and not saved["gamma"]:
+        name = "RLSD"
+    parts = [name]
+    if saved.get("control", "none") != "none":
+        parts.append(saved["control"])
+    if saved.get("gamma_schedule", "constant") != "constant":
+        parts.append(f"gamma {saved['gamma_schedule']}")
+    if saved.get("teacher", "frozen") != "frozen":
+        parts.append(f"{saved['teacher']} teacher")
+    return ", ".join(parts)
 
 
 def use_student(model, folder: str) -> None:

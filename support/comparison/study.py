@@ -1,0 +1,342 @@
+"""The study: which runs there are, two processes that do them, a row of a CSV for each.
+
+A run is a line of the plan: a regime of tiny/make.py, a base (its seed), an arm (a name and its
+options) and a seed. Rows that results/runs.csv holds already are not run again, so that the study
+goes on where it was stopped, and from the rows of another machine.
+"""
+
+import argparse
+import csv
+import fcntl
+import itertools
+import json
+import multiprocessing
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from support.comparison import report
+from support.shared.console import fail, say
+from support.shared.files import make_folder, read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What all runs share: 100 steps of 32 rollouts, as in Table A1; the rest is the tiny preset's.
+COMMON = ["--preset", "tiny", "--steps", "100", "--save_every", "100", "--batch_size", "32"]
+COMMON += ["--no-eval_before"]
+CAPS = {"embedded": 96, "h1": 128, "h2": 160}  # ours: completion cap in tokens
+RATES = ("3e-4", "1e-3", "3e-3")  # ours: the learning rates that each method is tried with
+
+# Arms: name: options. "reward" is EGRSD with w = omega = 1, so that arms differ by one thing.
+CORE = {
+    "reward": ["--method", "rlsd", "--eps", "0"],
+    "rlsd": ["--method", "rlsd"],
+    "egrsd": ["--gamma", "1", "--W", "0"],
+    "cl-egrsd": ["--gamma", "1", "--W", "5"],
+    "shuffled": ["--gamma", "1", "--W", "0", "--control", "shuffled"],
+    "inverted": ["--gamma", "1", "--W", "0", "--control", "inverted"],
+    "evidence": ["--gamma", "1", "--W", "0", "--control", "evidence"],
+}
+OTHERS = {
+    "grpo": ["--method", "grpo"],
+    "sft": ["--method", "sft"],
+    "opsd": ["--method", "opsd"],
+    "opsd-reverse": ["--method", "opsd", "--divergence", "reverse"],
+    "atesd": ["--method", "atesd"],
+    "atesd-half": ["--method", "atesd", "--exposure", "0.5"],
+    "student-entropy": ["--gamma", "1", "--W", "0", "--control", "student_entropy"],
+    "ema": ["--gamma", "1", "--W", "0", "--teacher", "ema"],
+    "copy-20": ["--gamma", "1", "--W", "0", "--teacher", "copy", "--teacher_every", "20"],
+    "copy-50": ["--gamma", "1", "--W", "0", "--teacher", "copy", "--teacher_every", "50"],
+    "gamma-up": ["--gamma", "1", "--W", "0", "--gamma_schedule", "up"],
+    "gamma-down": ["--gamma", "1", "--W", "0", "--gamma_schedule", "down"],
+}
+SWEEP = {}
+for gamma in ("0.1", "0.3", "0.5", "0.7"):
+    SWEEP[f"egrsd-{gamma}"] = ["--gamma", gamma, "--W", "0"]
+for gamma, W in itertools.product(("0.3", "1"), ("1", "3", "7")):
+    SWEEP[f"cl-egrsd-{gamma}-{W}"] = ["--gamma", gamma, "--W", W]
+ARMS = {"none": ["--method", "none", "--steps", "0"], **CORE, **OTHERS, **SWEEP}
+
+# Whose learning rate an arm takes: all that weigh tokens by w share that of RLSD, which none of
+# them is about; the others have their own.
+TUNED = ("reward", "rlsd", "grpo", "sft", "opsd")
+RATE_OF = {"opsd-reverse": "opsd", "atesd": "opsd", "atesd-half": "opsd"}
+
+# "When does the gate matter?": one property of the task at a time, with the gate and without.
+PROPERTIES = {
+    "p_reference_hard": ("0.2", "0.8"),
+    "p_stop": ("0.1", "0.4"),
+    "p_filler": ("0.05", "0.5"),
+    "p_style": ("0.3", "0.9"),
+}
+
+KEY = ("regime", "base", "arm", "seed", "lr", "split")
+COLUMNS = (
+    *KEY,
+    "accuracy",
+    "length",
+    "problems",
+    "delta_off",
+    "magnitude_off",
+    "gate",
+    "seconds",
+    "commit",
+)
+CURVE = (*KEY, "step", "correct", "length")  # means of ten steps
+
+# --------------------------------------------------------------------------------------------------
+# The plan
+
+
+def plan(quick: bool, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, str]]:
+    """Runs in order: rates first, then the core, seed by seed, so that any beginning is balanced.
+
+    `chosen` is the learning rate of each (regime, tuned arm), as far as it is known.
+    """
+    if quick:
+        for seed, arm in itertools.product("01", ("none", "reward", "rlsd", "egrsd", "cl-egrsd")):
+            yield line("embedded", "0", arm, seed, "2e-3")
+        return
+    for regime in ("h1", "h2"):
+        yield from search_rates(regime)
+        yield from every(regime, "012", "012345", ("none", *CORE), chosen)
+        yield from every(regime, "012", "012", OTHERS, chosen)
+        yield from every(regime, "012", "012", SWEEP, chosen)
+    for name, values in PROPERTIES.items():
+        for value in values:
+            regime = f"h2:{name}={value}"
+            yield from every(regime, "0", "012", ("none", "reward", "rlsd", "egrsd"), chosen)
+
+
+def search_rates(regime: str) -> Iterator[dict[str, str]]:
+    """On validation problems, each method with the same budget: three rates, two seeds."""
+    for seed, lr, arm in itertools.product("01", RATES, TUNED):
+        yield line(regime, "0", arm, seed, lr, split="validation")
+
+
+def every(regime: str, bases: str, seeds: str, arms, chosen: dict) -> Iterator[dict[str, str]]:
+    for seed, base, arm in itertools.product(seeds, bases, arms):
+        if arm == "none" and seed != "0":
+            continue  # the base has no seed
+        lr = chosen.get((regime.split(":")[0], tuned_arm(arm)))
+        if lr or arm == "none":
+            yield line(regime, base, arm, seed, lr or "0")
+
+
+def tuned_arm(arm: str) -> str:
+    return arm if arm in TUNED else RATE_OF.get(arm, "rlsd")
+
+
+def line(regime: str, base: str, arm: str, seed: str, lr: str, split: str = "test") -> dict:
+    return {"regime": regime, "base": base, "arm": arm, "seed": seed, "lr": lr, "split": split}
+
+
+def choose_rates(rows: list[dict]) -> dict[tuple[str, str], str]:
+    """(regime, arm) -> the rate with the best mean validation accuracy, once all are there."""
+    groups = {}
+    for row in rows:
+        if row["split"] == "validation":
+            scores = groups.setdefault((row["regime"], row["arm"]), {})
+            scores.setdefault(row["lr"], []).append(float(row["accuracy"]))
+    chosen = {}
+    for key, scores in groups.items():
+        if len(scores) == len(RATES):
+            chosen[key] = max(scores, key=lambda lr: statistics.fmean(scores[lr]))
+    return chosen
+
+
+# --------------------------------------------------------------------------------------------------
+# One run
+
+
+def base_folder(out: Path, regime: str, base: str) -> Path:
+    """The folder of a base model, made by tiny/make.py if it is not there."""
+    if regime == "embedded":
+        return ROOT / "tiny"
+    folder = out / "bases" / f"{regime.replace(':', '-')}-{base}"
+    if (folder / "model.safetensors").exists():
+        return folder
+    name, _, changed = regime.partition(":")
+    command = [sys.executable, str(ROOT / "tiny" / "make.py"), "--regime", name, "--seed", base]
+    if changed:
+        option, _, value = changed.partition("=")
+        command += [f"--{option}", value]
+    beside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    subprocess.run([*command, "--out", str(beside)], check=True, capture_output=True)
+    beside.rename(folder)
+    return folder
+
+
+def options_of(run: dict[str, str], base: Path, folder: Path) -> list[str]:
+    """The options of baselines.py that this run is."""
+    options = [*COMMON, "--model", str(base), "--data", str(base / "train.jsonl")]
+    options += ["--eval_data", str(base / f"{run['split']}.jsonl"), "--out", str(folder)]
+    options += ["--max_completion", str(CAPS[run["regime"].split(":")[0]]), "--seed", run["seed"]]
+    options += ARMS[run["arm"]]
+    if run["arm"] != "none":
+        options += ["--lr", run["lr"]]
+    return options
+
+
+def measure(run: dict[str, str], folder: Path) -> tuple[dict, list[dict]]:
+    """A row of runs.csv and its rows of curves.csv, from the run's own files."""
+    summary = read_json(folder / "summary.json")
+    log = []
+    if (folder / "log.jsonl").exists():
+        log = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+    row = {**run, **dict.fromkeys(COLUMNS[len(KEY) :], "")}
+    row["accuracy"] = summary["after"]["accuracy"]
+    row["length"] = summary["after"]["length"]
+    row["problems"] = summary["after"]["samples"]
+    row["seconds"] = summary["seconds"]["total"]
+    row["commit"] = read_json(folder / "versions.json", {}).get("commit", "")
+    for name in ("delta_off", "magnitude_off", "gate"):  # over the last twenty steps
+        values = [step[name] for step in log[-20:] if step[name] is not None]
+        if values:
+            row[name] = round(statistics.fmean(values), 4)
+    curve = []
+    for start in range(0, len(log), 10):
+        part = log[start : start + 10]
+        means = {}
+        for name in ("correct", "length"):
+            means[name] = round(statistics.fmean(step[name] for step in part), 4)
+        curve.append({**run, "step": start + len(part), **means})
+    return row, curve
+
+
+# --------------------------------------------------------------------------------------------------
+# All runs, in processes side by side
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def add_rows(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    """One writer at a time."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, columns)
+        if not file.seek(0, 2):
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def key_of(row: dict) -> tuple:
+    return tuple(row[name] for name in KEY)
+
+
+def next_run(quick: bool, results: Path, taken: set) -> dict[str, str] | None:
+    """The first run of the plan that nobody has done or is doing."""
+    rows = read_rows(results / "runs.csv")
+    done = {key_of(row) for row in rows} | taken
+    for run in plan(quick, choose_rates(rows)):
+        if key_of(run) not in done:
+            return run
+    return None
+
+
+def work(
+    inbox: multiprocessing.Queue,
+    outbox: multiprocessing.Queue,
+    out: Path,
+    log: Path,
+    train: Callable,
+) -> None:
+    """A process that does one run after another; what it would print goes to a file."""
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    while True:
+        run = inbox.get()
+        if run is None:
+            return
+        folder = out / "runs" / "-".join(key_of(run)).replace(":", "-")
+        shutil.rmtree(folder, ignore_errors=True)  # half a run is begun again
+        try:
+            base = base_folder(out, run["regime"], run["base"])
+            train(options_of(run, base, folder))
+            outbox.put((run, measure(run, folder), ""))
+        except (SystemExit, OSError, KeyError, ValueError, subprocess.CalledProcessError) as error:
+            outbox.put((run, None, f"{type(error).__name__}: {error}"))
+
+
+def do_runs(
+    quick: bool, out: Path, results: Path, jobs: int, minutes: float, train: Callable
+) -> None:
+    """Keep `jobs` processes busy until the plan is done, or the minutes are over."""
+    end = time.monotonic() + 60 * minutes
+    context = multiprocessing.get_context("spawn")
+    outbox = context.Queue()
+    inboxes = []
+    for number in range(jobs):
+        inbox = context.Queue()
+        log = out / f"worker_{number}.log"
+        context.Process(target=work, args=(inbox, outbox, out, log, train), daemon=True).start()
+        inboxes.append(inbox)
+    idle = list(inboxes)
+    busy = {}
+    from tqdm import tqdm
+
+    bar = tqdm(desc="study", unit="run")
+    while True:
+        while idle and time.monotonic() < end:
+            run = next_run(quick, results, set(busy))
+            if run is None:
+                break
+            inbox = idle.pop()
+            busy[key_of(run)] = inbox
+            inbox.put(run)
+        if not busy:
+            break
+        try:
+            run, measured, error = outbox.get()
+        except KeyboardInterrupt:
+            fail("stopped. The same command goes on: finished runs are not run again")
+        idle.append(busy.pop(key_of(run)))
+        if error:
+            fail(f"{' '.join(key_of(run))} ended with {error}; see {out}/worker_*.log")
+        row, curve = measured
+        add_rows(results / "curves.csv", CURVE, curve)
+        add_rows(results / "runs.csv", COLUMNS, [row])
+        bar.update()
+        bar.set_postfix_str(f"{run['regime']} {run['arm']} {row['accuracy']} %")
+    for inbox in inboxes:
+        inbox.put(None)
+    bar.close()
+
+
+def main(argv: list[str], train: Callable[[list[str]], None]) -> None:
+    """`train(options)` is one run of baselines.py, which must be importable by other processes."""
+    parser = argparse.ArgumentParser(
+        prog="baselines.py --study", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--study", action="store_true", help="this")
+    add("--quick", action="store_true", help="ten runs of the embedded task, minutes")
+    add("--report", action="store_true", help="no run: draw tables and figures again")
+    add("--jobs", type=int, default=2, help="processes side by side, each on one core")
+    add("--minutes", type=float, default=1e6, help="start no run after that time")
+    add("--out", type=Path, default=Path("runs/study"), help="folder for bases, runs and logs")
+    add("--results", type=Path, help="folder of the CSV files; by default results, or OUT/quick")
+    o = parser.parse_args(argv)
+    if o.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    results = o.results or (o.out / "quick" if o.quick else ROOT / "results")
+    if not o.report:
+        make_folder(o.out / "bases")
+        make_folder(results)
+        write_json(o.out / "arms.json", ARMS)
+        do_runs(o.quick, o.out, results, o.jobs, o.minutes, train)
+    if not (results / "runs.csv").exists():
+        fail(f"--report: there is no {results}/runs.csv; --study without --report makes it")
+    page = ROOT / "RESULTS.md" if results == ROOT / "results" else results / "RESULTS.md"
+    report.write(read_rows(results / "runs.csv"), read_rows(results / "curves.csv"), results, page)
+    say(f"tables in {page}, figures in {results}")
