@@ -50,6 +50,24 @@ MARKS = "os^Dv<>P*Xhp"
 # Statistics
 
 
+def where(rows: list[dict], **fields: str) -> list[dict]:
+    """The rows with these values."""
+    found = []
+    for row in rows:
+        if all(row[name] == value for name, value in fields.items()):
+            found.append(row)
+    return found
+
+
+def different(rows: list[dict], name: str) -> list[str]:
+    """The values of a column, each once, in order of appearance."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def column(rows: list[dict], name: str) -> list[float]:
+    return [float(row[name]) for row in rows]
+
+
 def interval(values: list[float]) -> tuple[float, float | None]:
     """Mean, and half the length of its 95 % interval; None for a single value."""
     mean = statistics.fmean(values)
@@ -62,7 +80,7 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 
 def by_pair(rows: list[dict], arm: str, name: str) -> dict[tuple[str, str], float]:
     """(base, seed) -> the figure of this arm's run."""
-    return {(r["base"], r["seed"]): float(r[name]) for r in rows if r["arm"] == arm}
+    return {(row["base"], row["seed"]): float(row[name]) for row in where(rows, arm=arm)}
 
 
 def differences(rows: list[dict], arm: str, other: str, name: str) -> dict[str, list[float]]:
@@ -79,8 +97,17 @@ def base_means(found: dict[str, list[float]]) -> list[float]:
     return [statistics.fmean(values) for values in found.values()]
 
 
-def pm(mean: float, half: float | None) -> str:
-    return f"{mean:+.1f}" if half is None else f"{mean:+.1f} ± {half:.1f}"
+def all_pairs(found: dict[str, list[float]]) -> list[float]:
+    return sum(found.values(), [])
+
+
+def plus_minus(mean: float, half: float | None, sign: str = "+") -> str:
+    text = f"{mean:{sign}.1f}"
+    return text if half is None else f"{text} ± {half:.1f}"
+
+
+def listed(values: list[float], sign: str = "+") -> str:
+    return ", ".join(f"{value:{sign}.1f}" for value in values)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,23 +116,19 @@ def pm(mean: float, half: float | None) -> str:
 
 def arms_table(rows: list[dict]) -> str:
     """Each arm's accuracy and length over all its runs, best first."""
-    text = "| arm | lr | runs | accuracy, % | by base | tokens |\n|---|---|---|---|---|---|\n"
-    found = []
-    for arm in dict.fromkeys(r["arm"] for r in rows):
-        accuracy = by_pair(rows, arm, "accuracy")
-        length = by_pair(rows, arm, "length")
-        found.append((interval([*accuracy.values()]), arm, accuracy, length))
-    for (mean, half), arm, accuracy, length in sorted(found, key=lambda f: -f[0][0]):
+    lines = []
+    for arm in different(rows, "arm"):
+        mine = where(rows, arm=arm)
+        mean, half = interval(column(mine, "accuracy"))
         bases = {}
-        for (base, _), value in sorted(accuracy.items()):
-            bases.setdefault(base, []).append(value)
-        each = ", ".join(f"{value:.1f}" for value in base_means(bases))
-        lr = next(r["lr"] for r in rows if r["arm"] == arm)
-        spread = "" if half is None else f" ± {half:.1f}"
-        tokens = statistics.fmean(length.values())
-        text += f"| {arm} | {lr if arm != 'none' else ''} | {len(accuracy)} | {mean:.1f}{spread} "
-        text += f"| {each} | {tokens:.1f} |\n"
-    return text
+        for row in mine:
+            bases.setdefault(row["base"], []).append(float(row["accuracy"]))
+        lr = mine[0]["lr"] if arm != "none" else ""
+        tokens = statistics.fmean(column(mine, "length"))
+        text = f"| {arm} | {lr} | {len(mine)} | {plus_minus(mean, half, '')} "
+        lines.append((mean, text + f"| {listed(base_means(bases), '')} | {tokens:.1f} |\n"))
+    head = "| arm | lr | runs | accuracy, % | by base | tokens |\n|---|---|---|---|---|---|\n"
+    return head + "".join(text for _, text in sorted(lines, reverse=True))
 
 
 def questions_table(rows: list[dict]) -> str:
@@ -114,33 +137,34 @@ def questions_table(rows: list[dict]) -> str:
     text += "| tokens, over pairs |\n|---|---|---|---|---|---|---|\n"
     last = ""
     for question, arm, other in QUESTIONS:
-        question = last = question or last
+        last = question or last
         found = differences(rows, arm, other, "accuracy")
         if not found:
             continue
-        pairs = sum(found.values(), [])
-        tokens = sum(differences(rows, arm, other, "length").values(), [])
-        each = ", ".join(f"{value:+.1f}" for value in base_means(found))
-        text += f"| {question} | {arm} − {other} | {len(pairs)} | {pm(*interval(pairs))} "
-        text += f"| {pm(*interval(base_means(found)))} | {each} | {pm(*interval(tokens))} |\n"
+        pairs = all_pairs(found)
+        means = base_means(found)
+        tokens = all_pairs(differences(rows, arm, other, "length"))
+        text += f"| {last} | {arm} − {other} | {len(pairs)} | {plus_minus(*interval(pairs))} "
+        text += f"| {plus_minus(*interval(means))} | {listed(means)} "
+        text += f"| {plus_minus(*interval(tokens))} |\n"
     return text
 
 
 def rates_table(rows: list[dict]) -> str:
     """Validation accuracy of each arm at each learning rate; the best is in bold."""
-    rates = sorted({r["lr"] for r in rows}, key=float)
+    rates = sorted(different(rows, "lr"), key=float)
     text = f"| arm | {' | '.join(rates)} |\n|---|{'---|' * len(rates)}\n"
-    for arm in dict.fromkeys(r["arm"] for r in rows):
+    for arm in different(rows, "arm"):
         means = {}
         for lr in rates:
-            values = [float(r["accuracy"]) for r in rows if (r["arm"], r["lr"]) == (arm, lr)]
+            values = column(where(rows, arm=arm, lr=lr), "accuracy")
             means[lr] = statistics.fmean(values) if values else -1.0
         best = max(means, key=means.get)
-        cells = []
+        text += f"| {arm} |"
         for lr, mean in means.items():
             cell = f"{mean:.1f}" if mean >= 0 else ""
-            cells.append(f"**{cell}**" if lr == best else cell)
-        text += f"| {arm} | {' | '.join(cells)} |\n"
+            text += f" **{cell}** |" if lr == best else f" {cell} |"
+        text += "\n"
     return text
 
 
@@ -153,14 +177,14 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
     shown = []
     for _, arm, other in QUESTIONS:
         found = differences(rows, arm, other, "accuracy")
-        if sum(map(len, found.values())) > 1:
+        if len(all_pairs(found)) > 1:
             shown.append((f"{arm} \u2212 {other}", found))
     if not shown:
         return
     figure, axes = canvas(1, 1, 7.5, 1.2 + 0.42 * len(shown))
     axis = axes[0, 0]
     for y, (_, found) in enumerate(shown):
-        pairs, over_pairs = interval(sum(found.values(), []))
+        pairs, over_pairs = interval(all_pairs(found))
         mean, over_bases = interval(base_means(found))
         axis.errorbar(pairs, -y, xerr=over_pairs, fmt="o", color=COLORS[0], capsize=4)
         if over_bases is not None:
@@ -168,9 +192,8 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
     axis.plot([], [], "o-", color=COLORS[0], label="95 % over pairs of base and seed")
     axis.plot([], [], "s-", color=COLORS[1], label="95 % over bases", ms=4, lw=1)
     axis.axvline(0, color="#555555", lw=1)
-    limit = max(abs(statistics.fmean(sum(found.values(), []))) for _, found in shown)
-    axis.set_xlim(-1.6 * limit - 5, 1.6 * limit + 5)
-    axis.set_yticks([-y for y in range(len(shown))], [name for name, _ in shown])
+    names, _ = zip(*shown)
+    axis.set_yticks(range(0, -len(shown), -1), names)
     axis.set(xlabel="difference of held-out accuracy (points)", title=f"regime {regime}")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.5 / len(shown)), ncols=2)
     save_figure(path, figure)
@@ -180,12 +203,10 @@ def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
     """Accuracy over length: a point an arm, 95 % bars, and the frontier that no arm beats."""
     figure, axes = canvas(1, 1, 7.5, 5)
     axis = axes[0, 0]
-    arms = list(dict.fromkeys(r["arm"] for r in rows))
-    looks = itertools.product(MARKS, COLORS)
     points = []
-    for arm, (mark, color) in zip(arms, looks):
-        y, yerr = interval([*by_pair(rows, arm, "accuracy").values()])
-        x, xerr = interval([*by_pair(rows, arm, "length").values()])
+    for arm, (mark, color) in zip(different(rows, "arm"), itertools.product(MARKS, COLORS)):
+        y, yerr = interval(column(where(rows, arm=arm), "accuracy"))
+        x, xerr = interval(column(where(rows, arm=arm), "length"))
         style = {"fmt": mark, "color": color, "capsize": 2, "elinewidth": 0.8}
         axis.errorbar(x, y, yerr=yerr, xerr=xerr, label=arm, **style)
         points.append((x, y))
@@ -204,14 +225,13 @@ def draw_curves(path: Path, curves: list[dict], regime: str) -> None:
     """Share of right rollouts while training: means over runs."""
     figure, axes = canvas(1, 1, 7.5, 4.5)
     axis = axes[0, 0]
-    arms = list(dict.fromkeys(r["arm"] for r in curves))
-    for arm, (mark, color) in zip(arms, itertools.product(MARKS, COLORS)):
-        by_step = {}
-        for r in curves:
-            if r["arm"] == arm:
-                by_step.setdefault(int(r["step"]), []).append(100 * float(r["correct"]))
-        steps = sorted(by_step)
-        means = [statistics.fmean(by_step[step]) for step in steps]
+    for arm, (mark, color) in zip(different(curves, "arm"), itertools.product(MARKS, COLORS)):
+        mine = where(curves, arm=arm)
+        steps = different(mine, "step")
+        means = []
+        for step in steps:
+            means.append(100 * statistics.fmean(column(where(mine, step=step), "correct")))
+        steps = list(map(int, steps))
         axis.plot(steps, means, marker=mark, color=color, ms=4, lw=1.2, label=arm)
     axis.set(xlabel="step", ylabel="right rollouts (%, means of ten steps)")
     axis.set_title(f"regime {regime}: sampled at T 1.1 while training")
@@ -222,9 +242,11 @@ def draw_curves(path: Path, curves: list[dict], regime: str) -> None:
 def draw_properties(path: Path, rows: list[dict]) -> bool:
     """Gate minus no gate where one property of the task is changed at a time."""
     names = {}
-    for regime in {r["regime"] for r in rows if ":" in r["regime"]}:
-        name, _, value = regime.partition(":")[2].partition("=")
-        names.setdefault(name, []).append((float(value), regime))
+    for regime in different(rows, "regime"):
+        _, _, changed = regime.partition(":")
+        name, _, value = changed.partition("=")
+        if changed:
+            names.setdefault(name, []).append((float(value), regime))
     if not names:
         return False
     figure, axes = canvas(1, len(names), 3.2 * len(names), 3.4, sharey=True)
@@ -232,8 +254,8 @@ def draw_properties(path: Path, rows: list[dict]) -> bool:
         for (arm, other), color, mark in zip((("egrsd", "rlsd"), ("rlsd", "reward")), COLORS, "os"):
             xs, means, bars = [], [], []
             for value, regime in sorted(values):
-                mine = [r for r in rows if r["regime"] == regime]
-                pairs = sum(differences(mine, arm, other, "accuracy").values(), [])
+                mine = where(rows, regime=regime)
+                pairs = all_pairs(differences(mine, arm, other, "accuracy"))
                 if len(pairs) > 1:
                     mean, half = interval(pairs)
                     xs.append(value)
@@ -255,10 +277,12 @@ def draw_properties(path: Path, rows: list[dict]) -> bool:
 
 def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> None:
     """Fill the page's blocks; what stands between them is written by hand and stays."""
-    test = [r for r in rows if r["split"] == "test"]
-    for regime in dict.fromkeys(r["regime"] for r in rows if ":" not in r["regime"]):
-        mine = [r for r in test if r["regime"] == regime]
-        tried = [r for r in rows if r["regime"] == regime and r["split"] == "validation"]
+    test = where(rows, split="test")
+    for regime in different(rows, "regime"):
+        if ":" in regime:  # one property of the task changed: in draw_properties
+            continue
+        mine = where(test, regime=regime)
+        tried = where(rows, regime=regime, split="validation")
         if tried:
             fill(page, f"rates {regime}", rates_table(tried))
         if not mine:
@@ -267,13 +291,12 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
         fill(page, f"arms {regime}", arms_table(mine))
         draw_questions(results / f"questions-{regime}.png", mine, regime)
         draw_frontier(results / f"frontier-{regime}.png", mine, regime)
-        learning = [r for r in curves if r["regime"] == regime and r["split"] == "test"]
+        learning = where(curves, regime=regime, split="test")
         draw_curves(results / f"curves-{regime}.png", learning, regime)
     draw_properties(results / "properties.png", test)
-    commits = sorted({r["commit"] for r in rows if r["commit"]})
-    hours = sum(float(r["seconds"]) for r in rows) / 3600
-    text = f"{len(rows)} runs, {hours:.1f} hours of one core each, commit {', '.join(commits)}.\n"
-    fill(page, "runs", text)
+    hours = sum(column(rows, "seconds")) / 3600
+    commits = ", ".join(sorted({*different(rows, "commit")} - {""}))
+    fill(page, "runs", f"{len(rows)} runs, {hours:.1f} hours of a core, commit {commits}.\n")
 
 
 def fill(page: Path, name: str, text: str) -> None:
