@@ -6,7 +6,6 @@ tells what would happen with more seeds on these bases, and with the spread over
 means, which tells what would happen on another base. All intervals are 95 %, by Student's t.
 """
 
-import itertools
 import math
 import re
 import statistics
@@ -172,6 +171,15 @@ def rates_table(rows: list[dict]) -> str:
 # Figures
 
 
+def looks(arms: list[str]) -> list[tuple[str, str, str]]:
+    """(arm, mark, color) of each; neighbours differ in both, and no two are the same."""
+    found = []
+    for k, arm in enumerate(arms):
+        mark = MARKS[(k + k // len(COLORS)) % len(MARKS)]
+        found.append((arm, mark, COLORS[k % len(COLORS)]))
+    return found
+
+
 def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
     """The study's picture: each difference with its two intervals."""
     shown = []
@@ -204,7 +212,7 @@ def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
     figure, axes = canvas(1, 1, 7.5, 5)
     axis = axes[0, 0]
     points = []
-    for arm, (mark, color) in zip(different(rows, "arm"), itertools.product(MARKS, COLORS)):
+    for arm, mark, color in looks(different(rows, "arm")):
         y, yerr = interval(column(where(rows, arm=arm), "accuracy"))
         x, xerr = interval(column(where(rows, arm=arm), "length"))
         style = {"fmt": mark, "color": color, "capsize": 2, "elinewidth": 0.8}
@@ -225,7 +233,7 @@ def draw_curves(path: Path, curves: list[dict], regime: str) -> None:
     """Share of right rollouts while training: means over runs."""
     figure, axes = canvas(1, 1, 7.5, 4.5)
     axis = axes[0, 0]
-    for arm, (mark, color) in zip(different(curves, "arm"), itertools.product(MARKS, COLORS)):
+    for arm, mark, color in looks(different(curves, "arm")):
         mine = where(curves, arm=arm)
         steps = different(mine, "step")
         means = []
