@@ -1,7 +1,8 @@
-"""The embedded default: what it learns, what its teacher reads; and real problems."""
+"""The embedded default and its harder regimes: what they are, what is learned; real problems."""
 
 import json
 import math
+import random
 import statistics
 
 import pytest
@@ -10,7 +11,9 @@ from helpers import CPU, DATA, TINY, base_of, load, read_log, run, tiny_settings
 import egrsd
 from support.shared.data import encode_prompt, fill
 from support.shared.engines import end_tokens
+from support.shared.models import load_tokenizer
 from support.training.journal import ROLLOUT_KEYS
+from tiny import make, measure
 
 
 def test_the_tiny_preset_learns_within_its_figures(tmp_path) -> None:
@@ -99,6 +102,133 @@ def test_tiny_is_rebuilt_byte_for_byte_from_nothing(tmp_path) -> None:
         for n in ("train", "test")
     )
     assert len(test) == 512 and not train & test
+
+
+def regime_of(*args: object) -> make.Regime:
+    return make.parse(["--out", "elsewhere", *map(str, args)])[1]
+
+
+def value_of(problem: str) -> list[int]:
+    """All values of "Compute 1 #1 +6 #2 -3 .", read from its text alone."""
+    words = problem.split()
+    values = [int(words[1])]
+    for operation in words[3:-1:2]:
+        values.append(values[-1] + int(operation))
+    return values
+
+
+def test_hard_facts_have_habits_of_their_own_which_the_seed_draws() -> None:
+    regime = regime_of("--regime", "h1")
+    first, again, other = (make.make_habits(regime, seed) for seed in (3, 3, 4))
+    assert first == again and set(first) == set(other) and len(first) == 60
+    assert all(first[fact] != other[fact] for fact in first)
+    assert all(abs(int(operation)) >= 4 for _, operation in first)
+    p, direction = zip(*first.values())
+    assert 0.5 <= min(p) < 0.55 and 0.85 < max(p) <= 0.9 and len(set(p)) == 60
+    assert {*direction} == {-1, 1} and 20 < direction.count(1) < 40
+    # Written as often as it says, and no other wrong digit.
+    rng = random.Random(0)
+    for (x, operation), (p, direction) in list(first.items())[:8]:
+        values = [make.write_step(x, operation, first, 0.0, rng) for _ in range(2000)]
+        wrong = (x + int(operation) + direction) % 10
+        assert {*values} == {wrong, (x + int(operation)) % 10}
+        assert values.count(wrong) / 2000 == pytest.approx(p, abs=0.04)
+    embedded = make.make_habits(make.Regime(), 0)
+    for (_, operation), habit in embedded.items():
+        assert habit == (0.62, 1 if operation[0] == "+" else -1)
+
+
+def test_harder_problems_are_five_to_seven_steps_within_a_digit() -> None:
+    regime = regime_of("--regime", "h1")
+    rng = random.Random(0)
+    sizes = set()
+    for _ in range(1000):
+        text, start, operations = make.make_problem(regime, rng)
+        values = value_of(text)
+        sizes.add(len(operations))
+        assert values[0] == start and len(values) == len(operations) + 1
+        assert len({*operations}) == len(operations) and {*values} <= {*range(10)}
+    assert sizes == {5, 6, 7}
+    text, _, _ = make.make_problem(regime, random.Random(1))
+    assert make.make_problem(regime, random.Random(1), {text})[0] != text
+
+
+@pytest.mark.parametrize("name, cap", [("h1", 128), ("h2", 160)])
+def test_a_harder_regime_is_made(name, cap, tmp_path) -> None:
+    run(str(TINY / "make.py"), "--regime", name, "--seed", 3, "--out", tmp_path, "--steps", 3)
+    files = {}
+    for part, n in ("train", 4096), ("validation", 512), ("test", 1024):
+        files[part] = read_log(tmp_path, f"{part}.jsonl")
+        assert len(files[part]) == n
+    rows = sum(files.values(), [])
+    assert len({row["problem"] for row in rows}) == len(rows)  # none twice, in whatever file
+    s = tiny_settings("--model", tmp_path, "--max_completion", cap)
+    tokenizer = load_tokenizer(str(tmp_path))
+    for row in rows:
+        style = row["solution"].split("#1")[0].split()
+        box = row["solution"].split()[-2]
+        assert box == row["answer"] == str(value_of(row["problem"])[-1])
+        assert len(style) == len({*style}) == (3 if name == "h2" else 0)
+        assert {*style} <= {*make.FILLERS}
+        prompt = encode_prompt(tokenizer, fill(s.teacher_prompt, row), False)
+        assert len(prompt) + cap <= s.max_length and tokenizer.unk_token_id not in prompt
+    base = base_of(s)  # loads, with labels up to #7
+    assert base.config.vocab_size == len(tokenizer) == 74
+    made = json.loads((tmp_path / "regime.json").read_text())
+    assert made["regime"] == name and made["seed"] == 3 and made["p_reference_hard"] == 0.5
+
+
+@pytest.mark.parametrize("p_style", [0.0, 0.5, 1.0])
+def test_fillers_of_the_teacher_repeat_the_style_of_its_reference(p_style) -> None:
+    regime = regime_of("--regime", "h2", "--p_style", p_style)
+    rng = random.Random(0)
+    habits = make.make_habits(regime, 0)
+    shares = {True: [], False: []}
+    for _ in range(400):
+        _, start, operations = make.make_problem(regime, rng)
+        style = rng.sample([word for word in make.FILLERS if word != "now"], 3)  # no marker
+        for seen in (True, False):
+            path = make.make_path(start, operations, habits, rng) if seen else None
+            text = make.solution_text(start, operations, path, style, habits, regime, rng)
+            words = [w for w in text.split() if w in make.FILLERS and w != "now"]
+            shares[seen] += [word in style for word in words]
+    by_chance = 3 / (len(make.FILLERS) - 1)
+    repeated = p_style + (1 - p_style) * by_chance
+    assert statistics.fmean(shares[True]) == pytest.approx(repeated, abs=0.05)
+    assert statistics.fmean(shares[False]) == pytest.approx(by_chance, abs=0.05)
+
+
+def test_each_number_of_a_regime_is_an_option() -> None:
+    assert regime_of() == make.Regime()
+    given = regime_of("--regime", "h2", "--p_reference_hard", 0.2, "--p_filler", 0.3)
+    assert given == make.Regime(**{**make.H2, "p_reference_hard": 0.2, "p_filler": 0.3})
+    assert (given.p_stop, given.p_style, given.p_miss) == (0.15, 0.5, 0.10)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--regime", "h3", "--out", "x"], "invalid choice: 'h3'"),
+        (["--regime", "h1"], "name another folder with --out"),
+        (["--p_filler", "0.3"], "name another folder with --out"),
+        (["--p_filler", "1.3", "--out", "x"], "--p_filler is a probability"),
+        (["--p_stop", "0", "--out", "x"], "fillers would never end"),
+        (["--p_style", "0.5", "--out", "x"], "add --style_words 3"),
+        (["--longest", "8", "--out", "x"], "at most 7"),
+        (["--p_hard_low", "0.7", "--out", "x"], "at most --p_hard_high"),
+    ],
+)
+def test_a_regime_that_makes_no_sense_is_a_sentence(options, sentence, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make.parse(options)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_measure_tells_a_teacher_that_reads() -> None:
+    found = measure.measure(tiny_settings(), limit=128)
+    alone, own, other = (row["accuracy"] for row in found.values())
+    assert own > alone + 15 and other < alone - 15
+    assert found["alone"]["prompt"] == 16  # 4 operations: counted by hand
 
 
 @pytest.mark.skipif(

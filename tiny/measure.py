@@ -1,0 +1,85 @@
+"""How good is a base model of make.py: alone, and as a teacher who sees a reference?
+
+    python tiny/measure.py DIR --max_completion 128 [any other option of egrsd.py]
+
+Accuracy and mean length on DIR/test.jsonl, one sample a problem (T 1, top-p 0.95), in three
+contexts. The last is the control: a teacher that takes another problem's reference for its own has
+not learned to read it, whatever its accuracy.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import egrsd  # noqa: E402
+from support.shared import data, engines, models, processes  # noqa: E402
+
+SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 0}  # as egrsd.py evaluates
+
+
+def give_contexts(rows: list[dict], tokenizer, s: egrsd.Settings) -> dict[str, list[dict]]:
+    """The same problems with three prompts: alone, with their reference, with another's."""
+    others = rows[1:] + rows[:1]
+    contexts = {"alone": [], "with reference": [], "with another's": []}
+    for row, other in zip(rows, others):
+        prompts = (
+            data.fill(s.student_prompt, row),
+            data.fill(s.teacher_prompt, row),
+            data.fill(s.teacher_prompt, {**row, "solution": other["solution"]}),
+        )
+        for batch, prompt in zip(contexts.values(), prompts):
+            prompt_ids = data.encode_prompt(tokenizer, prompt, s.thinking)
+            batch.append({**row, "prompt_ids": prompt_ids})
+    return contexts
+
+
+def measure(s: egrsd.Settings, limit: int | None = None) -> dict[str, dict[str, float]]:
+    """Of each context: accuracy and its standard error in %, mean length in tokens, % cut at the
+    cap, and the longest prompt in tokens."""
+    device = processes.start_processes(s.threads)
+    columns = {
+        "problem": s.problem_column,
+        "solution": s.solution_column,
+        "answer": s.answer_column,
+    }
+    rows = data.load_problems(s.eval_data, columns, s.split, "--eval_data")[:limit]
+    tokenizer = models.load_tokenizer(s.model)
+    base = models.load_base(s.model, device)
+    ends = engines.end_tokens(base, tokenizer)
+    sample, _ = egrsd.start_engine(s, base, ends, device, "hf", 1)
+    found = {}
+    for name, batch in give_contexts(rows, tokenizer, s).items():
+        done = egrsd.roll_out(sample, batch, tokenizer, ends, "evaluation", s, **SAMPLING)
+        right = statistics.fmean(r["correct"] for r in done)
+        found[name] = {
+            "accuracy": 100 * right,
+            "error": 100 * (right * (1 - right) / len(done)) ** 0.5,
+            "length": statistics.fmean(len(r["completion_ids"]) for r in done),
+            "cut": 100 * statistics.fmean(r["truncated"] for r in done),
+            "prompt": max(len(r["prompt_ids"]) for r in done),
+        }
+    return found
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_dir():
+        raise SystemExit(__doc__)
+    folder, *options = sys.argv[1:]
+    where = ["--model", folder, "--eval_data", str(Path(folder) / "test.jsonl")]
+    s = egrsd.parse_settings(["--preset", "tiny", *where, *options])
+    with torch.inference_mode():
+        found = measure(s)
+    for name, row in found.items():
+        print(
+            f"{name:15} {row['accuracy']:5.1f} +- {row['error']:.1f} %  {row['length']:5.1f} "
+            f"tokens, {row['cut']:.1f} % cut, longest prompt {row['prompt']}"
+        )
+    longest = max(row["prompt"] for row in found.values()) + s.max_completion
+    print(f"longest prompt and cap: {longest} tokens, --max_length {s.max_length}")
+
+
+if __name__ == "__main__":
+    main()
