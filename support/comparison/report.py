@@ -44,6 +44,13 @@ QUESTIONS = (  # question, arm, minus arm
 )
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 MARKS = "os^Dv<>P*Xhp"
+UNCHANGED = {  # the properties' values in regime h2, as tiny/make.py has them
+    "p_reference_hard": 0.5,
+    "p_hard_low": 0.5,
+    "p_stop": 0.15,
+    "p_filler": 0.4,
+    "p_style": 0.5,
+}
 
 # --------------------------------------------------------------------------------------------------
 # Statistics
@@ -254,7 +261,8 @@ def draw_properties(path: Path, rows: list[dict]) -> bool:
         _, _, changed = regime.partition(":")
         name, _, value = changed.partition("=")
         if changed:
-            names.setdefault(name, []).append((float(value), regime))
+            values = names.setdefault(name, [(UNCHANGED[name], "h2")])
+            values.append((float(value), regime))
     if not names:
         return False
     figure, axes = canvas(1, len(names), 3.2 * len(names), 3.4, sharey=True)
@@ -262,7 +270,7 @@ def draw_properties(path: Path, rows: list[dict]) -> bool:
         for (arm, other), color, mark in zip((("egrsd", "rlsd"), ("rlsd", "reward")), COLORS, "os"):
             xs, means, bars = [], [], []
             for value, regime in sorted(values):
-                mine = where(rows, regime=regime)
+                mine = where(rows, regime=regime, base="0")
                 pairs = all_pairs(differences(mine, arm, other, "accuracy"))
                 if len(pairs) > 1:
                     mean, half = interval(pairs)

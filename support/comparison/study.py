@@ -71,6 +71,7 @@ RATE_OF = {"opsd-reverse": "opsd", "atesd": "opsd", "atesd-half": "opsd"}
 # "When does the gate matter?": one property of the task at a time, with the gate and without.
 PROPERTIES = {
     "p_reference_hard": ("0.2", "0.8"),
+    "p_hard_low": ("0.7", "0.85"),  # the base is right less often: rewards are sparse
     "p_stop": ("0.1", "0.4"),
     "p_filler": ("0.05", "0.5"),
     "p_style": ("0.3", "0.9"),

@@ -1,0 +1,116 @@
+"""The study of baselines.py: its plan, its statistics, going on from the rows that are there."""
+
+import csv
+import json
+import math
+import statistics
+
+import pytest
+from helpers import ROOT, run
+
+from baselines import parse_comparison
+from support.comparison import report, study
+
+
+def row(arm: str, base: str, seed: str, accuracy: float, **fields: str) -> dict[str, str]:
+    made = {"regime": "h1", "base": base, "arm": arm, "seed": seed, "lr": "1e-3", "split": "test"}
+    made.update(accuracy=str(accuracy), length="50.0", seconds="30", commit="abc")
+    return {**made, **fields}
+
+
+def test_interval_is_students() -> None:
+    # scipy.stats.t.interval(0.95, 4, 3.0, sem): 3 +- 1.9632
+    mean, half = report.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(1.9632, abs=2e-3)
+    assert report.interval([7.0]) == (7.0, None)
+    assert len(report.T_95) == 31 and report.T_95[10] == 2.228
+
+
+def test_differences_are_paired_by_base_and_seed_and_bases_are_counted_once() -> None:
+    rows = [
+        row("rlsd", "0", "0", 80),
+        row("rlsd", "0", "1", 70),
+        row("rlsd", "1", "0", 60),
+        row("rlsd", "2", "0", 10),  # no partner
+        row("egrsd", "0", "0", 84),
+        row("egrsd", "0", "1", 72),
+        row("egrsd", "1", "0", 61),
+    ]
+    found = report.differences(rows, "egrsd", "rlsd", "accuracy")
+    assert found == {"0": [4.0, 2.0], "1": [1.0]}
+    assert report.base_means(found) == [3.0, 1.0]
+    table = report.questions_table(rows)
+    line = next(text for text in table.splitlines() if "egrsd − rlsd" in text)
+    pairs = [4.0, 2.0, 1.0]
+    half = 4.303 * statistics.stdev(pairs) / math.sqrt(3)
+    assert f"| 3 | +2.3 ± {half:.1f} |" in line and "| +3.0, +1.0 |" in line
+    assert "± 12.7 " in line  # over two bases: t = 12.71 times sd / sqrt(2) = 1
+    assert "shuffled" not in table  # nothing is said of what was not run
+
+
+def test_the_rate_is_chosen_on_validation_problems_alone_and_only_when_all_are_there() -> None:
+    rows = []
+    for lr, accuracy in zip(study.RATES, (50, 70, 60)):
+        rows.append(row("rlsd", "0", "0", accuracy, lr=lr, split="validation"))
+    rows.append(row("rlsd", "0", "0", 99, lr=study.RATES[0]))
+    assert study.choose_rates(rows) == {("h1", "rlsd"): study.RATES[1]}
+    assert study.choose_rates(rows[1:]) == {}
+
+
+def test_any_beginning_of_the_core_is_balanced_and_each_run_is_one_that_can_be_parsed() -> None:
+    chosen = {(regime, arm): "1e-3" for regime in ("h1", "h2") for arm in study.TUNED}
+    runs = [r for r in study.plan(False, chosen) if r["split"] == "test" and r["regime"] == "h1"]
+    core = [r for r in runs if r["arm"] in study.CORE]
+    first = core[: 3 * len(study.CORE)]
+    assert {r["seed"] for r in first} == {"0"} and {r["base"] for r in first} == {"0", "1", "2"}
+    assert len(core) == 3 * 6 * len(study.CORE)
+    everything = [*study.plan(False, chosen)]
+    assert len({study.key_of(r) for r in everything}) == len(everything)
+    for name, options in study.ARMS.items():
+        made = dict(zip(study.KEY, ("h1", "0", name, "0", "1e-3", "test")))
+        s = parse_comparison(study.options_of(made, ROOT / "tiny", ROOT / "runs" / "x"))
+        assert s.steps == (0 if name == "none" else 40) and s.batch_size == 32
+        assert options
+
+
+def test_a_study_goes_on_from_its_rows_and_a_report_needs_no_run(tmp_path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    done = []
+    for made in study.plan(True, {}):
+        accuracy = 50 + 10 * len(made["arm"]) + int(made["seed"])
+        done.append({**dict.fromkeys(study.COLUMNS, ""), **made, "accuracy": accuracy})
+        done[-1].update(length=30.5, seconds=20)
+    missing = done.pop(3)
+    study.add_rows(results / "runs.csv", study.COLUMNS, done)
+    curve = {key: done[1][key] for key in study.KEY} | {"step": 10, "correct": 0.5, "length": 33}
+    study.add_rows(results / "curves.csv", study.CURVE, [curve])
+    assert study.next_run(True, results, set()) == {key: missing[key] for key in study.KEY}
+    assert study.next_run(True, results, {study.key_of(missing)}) is None
+
+    where = ["--study", "--quick", "--out", tmp_path, "--results", results]
+    assert "RESULTS.md" in run(ROOT / "baselines.py", *where, "--report")
+    page = (results / "RESULTS.md").read_text()
+    assert "egrsd − rlsd" in page and "9 runs" in page
+    (results / "RESULTS.md").write_text("By hand.\n" + page)
+    run(ROOT / "baselines.py", *where, "--report")
+    assert (results / "RESULTS.md").read_text() == "By hand.\n" + page
+    assert (results / "frontier-embedded.png").stat().st_size > 10_000
+    with (results / "runs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 9
+
+
+def test_measures_of_a_run_come_from_its_own_files(tmp_path) -> None:
+    made = dict(zip(study.KEY, ("h1", "0", "egrsd", "0", "1e-3", "test")))
+    log = []
+    for step in range(25):
+        log.append({"step": step, "correct": step / 100, "length": 40, "gate": 0.5})
+        log[-1].update(delta_off=None, magnitude_off=step)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    summary = {"after": {"accuracy": 61.2, "length": 44.0, "samples": 7}, "seconds": {"total": 9}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    measured, curve = study.measure(made, tmp_path)
+    assert (measured["accuracy"], measured["problems"], measured["delta_off"]) == (61.2, 7, "")
+    assert measured["magnitude_off"] == statistics.fmean(range(5, 25))
+    assert [line["step"] for line in curve] == [10, 20, 25]
+    assert curve[0]["correct"] == pytest.approx(statistics.fmean(range(10)) / 100)
