@@ -100,6 +100,7 @@ class ComparisonSettings(Settings):
         "up",
         "down",
     )  # ours: the paper's future work
+    gamma_steps: int = opt("comparison", 100, "steps that it takes for that")  # ours
     rlsd_lambda: float = opt(
         "comparison", 0.0, "above 0: RLSD's own mixing, from this to 0 in 50 steps"
     )  # RLSD: 0.5; the paper's RLSD has none
@@ -165,6 +166,10 @@ def rules_of(s: ComparisonSettings) -> list[tuple[object, str]]:
         (
             s.gamma_schedule != "constant" and not gated,
             f"--gamma_schedule: --method {s.method} has no gamma",
+        ),
+        (
+            s.gamma_steps < 2,
+            f"--gamma_steps {s.gamma_steps} must be at least 2",
         ),
         (
             s.rlsd_lambda and s.method != "rlsd",
@@ -413,7 +418,7 @@ def weigh_tokens(
 
 
 def gamma_of_step(s: ComparisonSettings, step: int) -> float:
-    progress = step / max(1, s.steps - 1)
+    progress = min(1.0, step / (s.gamma_steps - 1))
     share = {"constant": 1.0, "up": progress, "down": 1 - progress}
     return s.gamma * share[s.gamma_schedule]
 
@@ -634,7 +639,7 @@ def learn_exposure(
         total = torch.stack([value.double().sum(), value.new_tensor(len(value)).double()]).cpu()
         total = processes.reduce_(total)
         means[name] = (total[0] / total[1]).item()
-    exposure.learn(run.kept, means, step, progress=(step + 1) / s.steps)
+    exposure.learn(run.kept, means, step)
 
 
 def train_method(argv: list[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-HOLD = 5  # ours: updates with one alpha, and those whose improvement rewards it
+HOLD = 5  # ours: updates with one alpha; the falls of the loss between them reward it
 DISCOUNT = 0.9  # ours: of an improvement one update later
 REFERENCE = 0.01  # ours: weight of the teacher's log p of the reference in the reward
 HIDDEN = 8  # ours: units of the network
@@ -34,7 +34,7 @@ SHAPES = ((HIDDEN, 1 + len(MEANS)), (HIDDEN,), (2, HIDDEN), (2,))
 def split_reference(solution: str) -> list[str]:
     """Its reasoning segments: lines, or sentences where it is one line; each with what ends it."""
     text = solution.strip()
-    ends = r"\n+" if "\n" in text else r"(?<=[.;!?])\s+"
+    ends = r"\s*\n\s*" if "\n" in text else r"(?<=[.;!?])\s+"
     segments = []
     start = 0
     for match in re.finditer(ends, text):
@@ -83,11 +83,10 @@ def new_controller(seed: int) -> dict[str, Tensor]:
     controller["exposure/means"] = torch.zeros(len(MEANS))
     controller["exposure/state"] = torch.zeros(1 + len(MEANS))  # at the last choice
     controller["exposure/alpha"] = torch.zeros(())
-    controller["exposure/losses"] = torch.full((HOLD + 1,), math.nan)  # oldest first
+    controller["exposure/losses"] = torch.zeros(HOLD)  # under the last choice, oldest first
     controller["exposure/rewards"] = torch.zeros(2)  # running mean, mean of squares
     controller["exposure/choices"] = torch.zeros(())  # rewarded so far
     controller["exposure/step"] = torch.tensor(-1)  # of the last choice
-    controller["exposure/progress"] = torch.zeros(())
     return controller
 
 
@@ -105,8 +104,9 @@ def network(controller: dict[str, Tensor]) -> list[Tensor]:
 def choose(controller: dict[str, Tensor], seed: int, step: int) -> float:
     """The alpha of this step: a new one every HOLD steps, the same on every rank."""
     if decides(step) and controller["exposure/step"] != step:
-        progress = controller["exposure/progress"].view(1)
-        state = torch.cat([progress, controller["exposure/means"]])
+        means = controller["exposure/means"]
+        # In hundreds of steps, and not the share of --steps, which a run may be given more of.
+        state = torch.cat([means.new_tensor([min(1.0, step / 100)]), means])
         beta = policy(network(controller), state)
         alpha = np.random.default_rng([seed, step]).beta(
             beta.concentration1.item(), beta.concentration0.item()
@@ -117,9 +117,7 @@ def choose(controller: dict[str, Tensor], seed: int, step: int) -> float:
     return controller["exposure/alpha"].item()
 
 
-def learn(
-    controller: dict[str, Tensor], means: dict[str, float], step: int, progress: float
-) -> None:
+def learn(controller: dict[str, Tensor], means: dict[str, float], step: int) -> None:
     """Note a step's means; after HOLD of them, move the network by the reward of its choice.
 
     `means` holds loss, mismatch and confidence of the step, and before a choice also probe (nats a
@@ -135,17 +133,19 @@ def learn(
             seen[number] += share * (means[name] - seen[number])
     losses = controller["exposure/losses"]
     losses.copy_(torch.cat([losses[1:], losses.new_tensor([means["loss"]])]))
-    controller["exposure/progress"].fill_(progress)
     if decides(step + 1):
         reward = discounted_improvement(losses) + REFERENCE * means["teacher"]
         reinforce(controller, reward)
 
 
 def discounted_improvement(losses: Tensor) -> float:
-    """Sum over j of DISCOUNT^j * (loss before - loss after) update j."""
-    known = losses[~losses.isnan()]
+    """Sum over j of DISCOUNT^j * (loss before - loss after) update j, all under one choice.
+
+    The step from the choice before is no part of it: there the loss changes because another part
+    of the reference is shown, and because of what the choice before has brought.
+    """
     total = 0.0
-    for j, (before, after) in enumerate(zip(known.tolist(), known.tolist()[1:])):
+    for j, (before, after) in enumerate(zip(losses.tolist(), losses.tolist()[1:])):
         total += DISCOUNT**j * (before - after)
     return total
 

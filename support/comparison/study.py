@@ -53,8 +53,8 @@ OTHERS = {
     "ema": ["--gamma", "1", "--W", "0", "--teacher", "ema", "--teacher_alpha", "0.975"],
     "copy-8": ["--gamma", "1", "--W", "0", "--teacher", "copy", "--teacher_every", "8"],
     "copy-20": ["--gamma", "1", "--W", "0", "--teacher", "copy", "--teacher_every", "20"],
-    "gamma-up": ["--gamma", "1", "--W", "0", "--gamma_schedule", "up"],
-    "gamma-down": ["--gamma", "1", "--W", "0", "--gamma_schedule", "down"],
+    "gamma-up": ["--gamma", "1", "--W", "0", "--gamma_schedule", "up", "--gamma_steps", "40"],
+    "gamma-down": ["--gamma", "1", "--W", "0", "--gamma_schedule", "down", "--gamma_steps", "40"],
 }
 SWEEP = {}
 for gamma in ("0.1", "0.3", "0.5", "0.7"):
