@@ -332,7 +332,7 @@ def test_a_control_changes_one_thing_about_egrsd(rollouts, tokenizer, options, w
 
 @pytest.mark.parametrize("schedule, shares", [("up", (0, 0.3, 1)), ("down", (1, 0.7, 0))])
 def test_a_schedule_moves_gamma_in_a_straight_line(rollouts, tokenizer, schedule, shares) -> None:
-    run, s = begin(tokenizer, "--gamma_schedule", schedule, "--steps", 11, "--gamma", 0.6)
+    run, s = begin(tokenizer, "--gamma_schedule", schedule, "--gamma_steps", 11, "--gamma", 0.6)
     for step, share in zip((0, 3, 10), shares):
         rows = rows_for(run, rollouts[::3], s, step)
         assert_step(step_of(run, rows, s), slow_weighed(run, rows, s, gamma=0.6 * share))
@@ -528,7 +528,6 @@ def test_each_method_runs_and_logs(runs, number) -> None:
     assert moved == any(row["grad_norm"] > 0 for row in rows)
 
 
-# FAILS for atesd and longer: its state holds the share of --steps done, which --resume may change.
 @pytest.mark.parametrize("how", ["killed", "longer"])
 @pytest.mark.parametrize("number", range(len(GOES_ON)), ids=lambda number: str(GOES_ON[number]))
 def test_a_run_that_was_stopped_goes_on_exactly(runs, number, how) -> None:

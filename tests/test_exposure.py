@@ -19,7 +19,6 @@ def test_a_reference_is_split_into_lines_or_else_into_sentences() -> None:
     assert exposure.split_reference(sentences)[1].strip() == "Then halve;"
 
 
-# FAILS: a line of blanks, or of a file with Windows line ends, counts.
 @pytest.mark.parametrize("text", ["a\r\n\r\nb\r\nc", "a\n \nb\n  c"])
 def test_a_blank_line_is_no_segment(text) -> None:
     assert len(exposure.split_reference(text)) == 3
@@ -39,11 +38,11 @@ def test_the_teacher_sees_the_first_segments_and_always_the_boxed_answer() -> No
     assert exposure.expose(f"first\n{BOX}\nthen {half}", "1/2", 0.0) == half
 
 
-def learn(controller: dict, step: int, loss: float, steps: int) -> None:
+def learn(controller: dict, step: int, loss: float) -> None:
     means = {"loss": loss, "mismatch": 0.3, "confidence": 0.5}
     if exposure.decides(step + 1):
         means |= {"probe": 2.0, "teacher": -1.0}
-    exposure.learn(controller, means, step, (step + 1) / steps)
+    exposure.learn(controller, means, step)
 
 
 def play(seed: int, level: float, choices: int) -> list[float]:
@@ -55,7 +54,7 @@ def play(seed: int, level: float, choices: int) -> list[float]:
         alphas.append(exposure.choose(controller, seed, step))
         if step % 7 == 0:  # a step done again
             assert exposure.choose(controller, seed, step) == alphas[-1]
-        learn(controller, step, loss + level * alphas[-1], choices * exposure.HOLD)
+        learn(controller, step, loss + level * alphas[-1])
         loss -= 0.002 * (1 - abs(alphas[-1] - 0.8))  # what this step's update brings
     return alphas
 
@@ -68,7 +67,6 @@ def test_an_exposure_holds_for_some_steps_and_follows_from_seed_and_step() -> No
         assert len(set(alphas[start : start + exposure.HOLD])) == 1
 
 
-# FAILS where the loss depends on what is shown, as a divergence does: see the next test.
 @pytest.mark.parametrize("level", [0.0, 0.1])
 def test_the_controller_comes_nearer_to_the_best_exposure(level) -> None:
     alphas = [play(seed, level, 400)[:: exposure.HOLD] for seed in range(3)]
@@ -77,8 +75,6 @@ def test_the_controller_comes_nearer_to_the_best_exposure(level) -> None:
     assert abs(last - 0.8) < abs(first - 0.8), (first, last)
 
 
-# FAILS: the first, heaviest term of a reward is from the last loss under the choice before to the
-# first under this one; it pays for an easier teacher, and for the update of the choice before.
 def test_a_choice_is_not_rewarded_for_what_the_one_before_it_brought(monkeypatch) -> None:
     rewards = []
     monkeypatch.setattr(exposure, "reinforce", lambda controller, reward: rewards.append(reward))
@@ -86,5 +82,5 @@ def test_a_choice_is_not_rewarded_for_what_the_one_before_it_brought(monkeypatch
         controller = exposure.new_controller(0)
         for step in range(2 * exposure.HOLD):
             exposure.choose(controller, 0, step)
-            learn(controller, step, before if step < exposure.HOLD else 2 - 0.1 * step, 100)
+            learn(controller, step, before if step < exposure.HOLD else 2 - 0.1 * step)
     assert rewards[1] == pytest.approx(rewards[3])
