@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 
 import pytest
 import torch
@@ -203,3 +204,26 @@ egrsd.train(egrsd.parse_settings(sys.argv[1:]))
     assert "wrapped ['o_proj', 'qkv_proj']" in output  # neither the MLP nor the head
     assert "head torch.float32 tokens 8192" in output
     assert all(row["canary"] < 1e-5 for row in read_log(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("phase", ["load_base", "completion_hidden"])
+def test_one_rank_that_dies_ends_all_of_them_in_seconds(phase, tmp_path) -> None:
+    script = tmp_path / "victim.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path[:0] = [{str(egrsd.ROOT)!r}]
+import egrsd
+place = egrsd.models if {phase!r} == "load_base" else egrsd
+real = getattr(place, {phase!r})
+def dies(*args):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+setattr(place, {phase!r}, dies)
+with egrsd.processes.ending_together():
+    egrsd.train(egrsd.parse_settings(sys.argv[1:]))
+""")
+    began = time.monotonic()
+    output = run(str(script), *SMALL, "--out", tmp_path / "out", nproc=2, code=1)
+    assert "SIGKILL" in output
+    assert time.monotonic() - began < 60  # start included; not the two hours of the process group
