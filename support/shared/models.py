@@ -70,6 +70,9 @@ def load_base(
             f"--model {model} cannot be loaded ({first_line(error)}). --model takes a hub id or a "
             "local folder with safetensors weights; --preset tiny needs neither network nor GPU"
         )
+    # Where vLLM has no code of its own for a model (Olmo 3), it runs transformers', and turns the
+    # class itself, of which ours is an instance too, into one that it compiles.
+    getattr(base, base.base_model_prefix).do_not_compile = True
     return base.eval().requires_grad_(False)
 
 
