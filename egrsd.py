@@ -351,11 +351,11 @@ def start_colocated_vllm(
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             save_student(model, folder)
         processes.barrier()  # written before anyone reads
-        llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
+        new = llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
         # Without this the engine would serve what older weights computed: the prefix cache is
         # keyed by the adapter's name, which stays.
-        if not llm.reset_prefix_cache():
-            console.fail("the rollout engine kept its prefix cache, which older weights computed")
+        if not (new and llm.reset_prefix_cache()):
+            console.fail("the rollout engine kept its old adapter, or what that one had computed")
         processes.barrier()  # read before anyone writes again
 
     # Without load_inplace, which would read the folder again for every token.

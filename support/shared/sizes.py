@@ -24,6 +24,7 @@ class Sizes:
     keys: int  # key heads * head size, as many as values
     vocab: int  # V
     base: int  # weights of the frozen model
+    linear: int  # those of its linear layers, without the head
     embedding: int  # those of the input embedding that are not also the head's
     adapter: int  # weights of the adapter
     rank: int
@@ -37,10 +38,14 @@ def sizes_of(skeleton, targets: list[str], rank: int) -> Sizes:
     if not head_dim:
         head_dim = config.hidden_size // config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    linear = 0
     adapter = 0
     adapted = 0
     for path, module in skeleton.named_modules():
-        if path.split(".")[-1] in targets and hasattr(module, "in_features"):
+        if not isinstance(module, torch.nn.Linear) or module.weight is head_of(skeleton):
+            continue
+        linear += module.weight.numel()
+        if path.split(".")[-1] in targets:
             adapter += rank * (module.in_features + module.out_features)
             adapted += 1
     embedding = skeleton.get_input_embeddings().weight
@@ -53,6 +58,7 @@ def sizes_of(skeleton, targets: list[str], rank: int) -> Sizes:
         keys=keys * head_dim,
         vocab=head_of(skeleton).shape[0],
         base=sum(p.numel() for p in skeleton.parameters()),
+        linear=linear,
         embedding=0 if tied else embedding.numel(),
         adapter=adapter,
         rank=rank,
