@@ -349,7 +349,7 @@ def start_colocated_vllm(
 
     def push() -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            save_student(model, folder)
+            models.save_for_engine(model, folder)
         processes.barrier()  # written before anyone reads
         new = llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
         # Without this the engine would serve what older weights computed: the prefix cache is

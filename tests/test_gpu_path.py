@@ -134,6 +134,20 @@ def test_more_processes_than_gpus_is_a_sentence(monkeypatch) -> None:
         processes.own_gpu(2)
 
 
+def test_the_engine_gets_the_adapter_in_the_dtype_to_which_it_would_round(tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    for model in (bfloat16_model(1), fresh_model()[0]):
+        models.save_for_engine(model, tmp_path / "engine")
+        egrsd.save_student(model, tmp_path / "checkpoint")
+        got = load_file(tmp_path / "engine" / "adapter_model.safetensors")
+        want = load_file(tmp_path / "checkpoint" / "adapter_model.safetensors")
+        assert got.keys() == want.keys() and got
+        for name, tensor in want.items():
+            assert tensor.dtype == torch.float32  # a checkpoint loses nothing
+            assert torch.equal(got[name], tensor.to(models.head_of(model).dtype))
+
+
 def probe(noise: float, follows: bool, *options: object) -> None:
     """guards.probe_engine with an engine that is the trainer, or its base, and rounds coarsely."""
     model, s = fresh_model(*options, b=0.0)

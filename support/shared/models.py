@@ -165,6 +165,16 @@ def take_input_as_it_is(model):
     return model
 
 
+def save_for_engine(model, folder: Path) -> None:
+    """The adapter in the base's dtype: vLLM rounds it to that as it loads, so half the bytes do."""
+    dtype = head_of(model).dtype
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            state[name] = p.detach().to(dtype)
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
+
+
 ATTENTION_ONLY = "--lora_targets q_proj,k_proj,v_proj,o_proj"
 
 
