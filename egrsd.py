@@ -63,7 +63,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from support.shared import console, data, engines, models, processes
+from support.shared import console, data, engines, models, processes, sizes
 from support.shared.files import read_json
 from support.shared.grading import Grade, grade_completions
 from support.shared.options import make_parser, opt
@@ -90,6 +90,9 @@ TEACHER_PROMPT = (
 PRESETS = {
     "qwen3-8b": {},  # the defaults below; its CL-EGRSD is --gamma 1.0 --W 5 (Table A2)
     "qwen3-4b": {"model": "Qwen/Qwen3-4B"},  # its CL-EGRSD is --gamma 0.3 --W 3 (Table A2)
+    # gamma: Table A4, which names no W; Appendix J names neither. The rest is Qwen3-8B's, so ours.
+    "acereason-7b": {"model": "nvidia/AceReason-Nemotron-7B", "gamma": 0.5, "W": 5},
+    "olmo3-7b": {"model": "allenai/Olmo-3-1025-7B", "gamma": 1.0, "W": 5},
     "tiny": {  # ours, all of it: a 247k-parameter Qwen3 that tiny/make.py trained on arithmetic
         "model": str(ROOT / "tiny"),
         "data": str(ROOT / "tiny" / "train.jsonl"),
@@ -282,6 +285,7 @@ def start_vllm(
         skip_tokenizer_init=True,  # token ids go in and come out
         seed=0,  # each request brings its own
         logprobs_mode="raw_logprobs",  # comparable with the trainer's, whatever the sampling
+        hf_overrides={"head_dtype": "float32"},  # bfloat16 logits near 20 are steps of 1/8
         **options,
     )
 
@@ -340,6 +344,8 @@ def start_colocated_vllm(
         s.lora_r,
         trust_remote_code=s.trust_remote_code,
         max_num_seqs=s.batch_size,
+        max_num_batched_tokens=max(8_192, s.batch_size),  # vLLM's own number depends on the GPU
+        lora_target_modules=models.layer_names(s.lora_targets),  # else it wraps the head too
         kv_cache_memory_bytes=cache,
         gpu_memory_utilization=0.05,  # the line above decides; this share must be free at the start
     )
@@ -350,13 +356,13 @@ def start_colocated_vllm(
 
     def push() -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            save_student(model, folder)
+            models.save_for_engine(model, folder)
         processes.barrier()  # written before anyone reads
-        llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
+        new = llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
         # Without this the engine would serve what older weights computed: the prefix cache is
         # keyed by the adapter's name, which stays.
-        if not llm.reset_prefix_cache():
-            console.fail("the rollout engine kept its prefix cache, which older weights computed")
+        if not (new and llm.reset_prefix_cache()):
+            console.fail("the rollout engine kept its old adapter, or what that one had computed")
         processes.barrier()  # read before anyone writes again
 
     # Without load_inplace, which would read the folder again for every token.
@@ -536,7 +542,7 @@ def add_adapter(base, s: Settings):
     config = LoraConfig(
         r=s.lora_r, lora_alpha=s.lora_alpha, lora_dropout=0.0, target_modules=targets
     )
-    model = get_peft_model(base, config)
+    model = models.take_input_as_it_is(get_peft_model(base, config))
     if s.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.eval()
@@ -1000,17 +1006,8 @@ def set_up(s: Settings, method: Callable | None = None) -> SimpleNamespace | Non
         tp = engines.tensor_parallel(s.rollout_tp, run.model.config)
     # To show and to probe with; the loop draws these problems again.
     batch, _, _ = next_problems(run.problems, run.tokenizer, s, run.position)
-    memory = opening.estimate_memory(
-        run.model,
-        run.device,
-        s.micro_batch_tokens,
-        s.gradient_checkpointing,
-        head_floats=s.head_chunk * (3 * VOCAB_TILE + 2 * run.model.config.hidden_size),
-        engine_tp=tp if engine == "vllm" else 0,
-        cache_tokens=cache_tokens(s, tp),
-    )
     files = opening.show_start(
-        settings, batch[0], run.tokenizer, f"{engine} ({why})", tp, run.device, memory
+        settings, batch[0], run.tokenizer, f"{engine} ({why})", tp, run.device, run.memory
     )
     run.sample, run.push = start_engine(s, run.model, run.eos_ids, run.device, engine, tp)
     if engine == "vllm":
@@ -1034,6 +1031,7 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
     run.device = processes.start_processes(s.threads)
     run.sampling = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
     models.refuse_big_model_on_cpu(s.model, run.device)
+    run.memory = estimate_memory(s, run.device)
     settings = dataclasses.asdict(s)
     run.checkpoint = run_folder.open_run(run.out, s.resume, s.overwrite, settings)
 
@@ -1080,6 +1078,19 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
         )
         return None
     return run
+
+
+def estimate_memory(s: Settings, device: torch.device) -> dict[str, float]:
+    """GiB of one process, from the model's configuration; exits where its GPU has not so much."""
+    skeleton = models.load_skeleton(s.model, s.trust_remote_code)
+    tp = 0
+    if engines.choose_engine(s.engine, device)[0] == "vllm":
+        tp = engines.tensor_parallel(s.rollout_tp, skeleton.config)
+    targets = models.layer_names(s.lora_targets)
+    tokens = cache_tokens(s, max(tp, 1))
+    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, tp, tokens, VOCAB_TILE)
+    chosen = s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk
+    return opening.check_memory(estimate, *chosen, opening.free_memory(device))
 
 
 def load_held_out(tokenizer, columns: dict[str, str], s: Settings) -> list[dict]:

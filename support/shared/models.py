@@ -63,13 +63,17 @@ def load_base(
             attn_implementation=attn,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,  # no pickle is loaded
+            device_map={"": device},  # straight there: 8 ranks need not hold 8 copies in RAM first
         )
     except (OSError, ValueError, ImportError) as error:
         fail(
             f"--model {model} cannot be loaded ({first_line(error)}). --model takes a hub id or a "
             "local folder with safetensors weights; --preset tiny needs neither network nor GPU"
         )
-    return base.to(device).eval().requires_grad_(False)
+    # Where vLLM has no code of its own for a model (Olmo 3), it runs transformers', and turns the
+    # class itself, of which ours is an instance too, into one that it compiles.
+    getattr(base, base.base_model_prefix).do_not_compile = True
+    return base.eval().requires_grad_(False)
 
 
 def load_skeleton(model: str, trust_remote_code: bool = False):
@@ -102,8 +106,10 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def check_head(model, name: str, hidden_states: Callable[..., Tensor]) -> None:
     """Refuse a model whose logits are not hidden @ W.T, with W its head. [D13]
 
-    `hidden_states(model, ids)` are (B, L, d). Soft-capped, scaled and biased heads end here.
+    `hidden_states(model, ids)` are (B, L, d). Soft-capped, scaled and biased heads end here: by
+    their configuration, since a cap of 30 changes small logits by next to nothing, then by numbers.
     """
+    refuse_head(model.config, name)
     head = head_of(model)
     same_everywhere = torch.Generator().manual_seed(0)
     ids = torch.randint(0, head.shape[0], (1, 8), generator=same_everywhere).to(head.device)
@@ -119,8 +125,65 @@ def check_head(model, name: str, hidden_states: Callable[..., Tensor]) -> None:
         )
 
 
+# What models call it in their configuration, and the value that changes nothing.
+HEAD_CHANGES = {
+    "final_logit_softcapping": None,  # Gemma 2, 3 and 4, nanochat: cap * tanh(logits / cap)
+    "logits_scaling": 1,  # Granite divides by it, HyperCLOVA X multiplies
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "output_multiplier_scale": 1,  # Grok
+}
+
+
+def refuse_head(config, name: str) -> None:
+    """Refuse a head whose configuration says that it caps or scales its logits. [D13]"""
+    config = config.get_text_config()
+    for key, neutral in HEAD_CHANGES.items():
+        value = getattr(config, key, neutral)
+        if value not in (neutral, None):
+            fail(
+                f"--model {name}: its logits are not hidden @ W.T ({key} is {value}); a "
+                "soft-capped or scaled head is not supported [D13]. Take another model, or write "
+                "its head in _softmax_of_tile and the two functions that use it"
+            )
+
+
+def layer_names(targets: str) -> list[str]:
+    """The last parts of --lora_targets: what the layers themselves are called."""
+    return [target.strip().split(".")[-1] for target in targets.split(",")]
+
+
+def take_input_as_it_is(model):
+    """Keep PEFT from copying each layer's input to float32, the adapter's dtype.
+
+    Autocast makes bfloat16 of it again, so that both copies are waste, and the second stays until
+    the backward pass. Without autocast the dtypes are equal, and nothing changes.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def save_for_engine(model, folder: Path) -> None:
+    """The adapter in the base's dtype: vLLM rounds it to that as it loads, so half the bytes do."""
+    dtype = head_of(model).dtype
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            state[name] = p.detach().to(dtype)
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
+
+
+ATTENTION_ONLY = "--lora_targets q_proj,k_proj,v_proj,o_proj"
+
+
 def check_targets(model, targets: list[str], name: str) -> None:
-    """Each of the adapter's target names must match a linear layer, and not only the head."""
+    """Each of the adapter's target names must match a linear layer, and not only the head.
+
+    Nor may it match some layers and miss the experts of a mixture, which are no linear layers: a
+    target that names what an expert has must name the other layers in full.
+    """
     head = model.get_output_embeddings()  # in neither pass of the trainer: it stays frozen
     linear = set()
     for path, module in model.named_modules():
@@ -130,9 +193,32 @@ def check_targets(model, targets: list[str], name: str) -> None:
     for target in targets:
         if not target or not any(path.endswith(f".{target}") for path in linear):
             absent.append(target)
+    experts = expert_names(model)
+    advice = ""
+    if experts:
+        advice = (
+            f". Its experts ({', '.join(sorted(experts))}) are no linear layers: train the "
+            f"attention alone, {ATTENTION_ONLY}. PEFT's target_parameters would reach them, but "
+            "vLLM does not load such an adapter without more (docs/gpu.md)"
+        )
     if absent:
         there = sorted({path.split(".")[-1] for path in linear})
         fail(
             f"--lora_targets: {absent} match nothing in {name}; its linear layers are "
-            f"{', '.join(there)}"
+            f"{', '.join(there)}{advice}"
         )
+    partly = [target for target in targets if target in EXPERT_PARTS]
+    if experts and partly:
+        fail(f"--lora_targets: {partly} match only a part of {name}{advice}")
+
+
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")  # gate and up may be one gate_up_proj
+
+
+def expert_names(model) -> set[str]:
+    """Names of the weights that hold all experts of a mixture: (experts, out, in)."""
+    names = set()
+    for path, p in model.named_parameters():
+        if p.ndim == 3 and ".experts." in path:
+            names.add(path.split(".")[-1])
+    return names

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,27 @@ def start_processes(threads: int = 0) -> torch.device:
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = own_gpu(torch.cuda.device_count())
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if rank_and_world()[1] > 1 and not dist.is_initialized():
+        # Two hours: the ranks wait for one that downloads. One that dies is noticed in seconds, by
+        # torchrun: docs/gpu.md.
         dist.init_process_group(backend, timeout=timedelta(hours=2))
+        dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects, or fails, before the load
     return device
+
+
+def own_gpu(there: int) -> torch.device:
+    """One GPU for each process of this machine, of the `there` that it has."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if rank >= there:
+        count = os.environ.get("LOCAL_WORLD_SIZE", rank + 1)
+        raise SystemExit(
+            f"{Path(sys.argv[0]).name}: {count} processes and {there} GPUs on this machine: start "
+            f"torchrun with --nproc_per_node {there}"
+        )
+    return torch.device("cuda", rank)
 
 
 def gather(items: list) -> list:

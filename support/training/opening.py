@@ -1,51 +1,85 @@
 """What a run shows before its first step, and keeps: prompts, settings, versions, memory."""
 
 import json
+import math
 import platform
+from collections.abc import Callable
 
 import torch
 
-from support.shared.console import say, versions
-from support.shared.engines import kv_cache_bytes
+from support.shared.console import fail, say, versions
 from support.shared.processes import rank_and_world
 
+SPARE = 5.0  # GiB for the CUDA context, vLLM's graphs, NCCL, and what the estimate leaves out
 
-def estimate_memory(
-    model,
-    device: torch.device,
+WAYS_TO_FIT = {  # they change time and memory, and nothing else; the cheapest first
+    "": {},
+    "--micro_batch_tokens 2048": {"micro_batch_tokens": 2_048},
+    "--gradient_checkpointing": {"checkpointing": True},
+    "--gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024": {
+        "checkpointing": True,
+        "micro_batch_tokens": 2_048,
+        "head_chunk": 1_024,
+    },
+    "--gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024 --engine hf": {
+        "checkpointing": True,
+        "micro_batch_tokens": 2_048,
+        "head_chunk": 1_024,
+        "engine_tp": 0,
+        "cache_bytes": 0,
+    },
+}
+
+
+def check_memory(
+    estimate: Callable[..., dict[str, float]],
     micro_batch_tokens: int,
     checkpointing: bool,
-    head_floats: int,
-    engine_tp: int,
-    cache_tokens: int,
+    head_chunk: int,
+    free: float,
 ) -> dict[str, float]:
-    """GiB of one process, roughly: as if a layer kept 10 d-vectors and 6 MLP widths a token.
+    """The estimate; exits where it is above the `free` GiB of the GPU, warns where it is near.
 
-    `engine_tp` is the number of ranks that share a vLLM engine, 0 where there is none.
+    `estimate` is what sizes.estimator gives: nothing needs to be loaded for it.
     """
-    config = model.config
-    width = 2 if device.type == "cuda" else 4  # bytes
-    base = 0
-    adapter = 0
-    for p in model.parameters():
-        if p.requires_grad:
-            adapter += p.numel()
-        else:
-            base += p.numel() * p.element_size()
-    layer = 10 * config.hidden_size + 6 * config.intermediate_size
-    if checkpointing:
-        layer = config.hidden_size
-    parts = {
-        "base": base,
-        "adapter, gradient, Adam": 16 * adapter,
-        "activations": micro_batch_tokens * config.num_hidden_layers * width * layer,
-        "head": 4 * head_floats,
+    chosen = {
+        "micro_batch_tokens": micro_batch_tokens,
+        "checkpointing": checkpointing,
+        "head_chunk": head_chunk,
     }
-    if engine_tp:
-        parts["engine"] = base / engine_tp
-        parts["engine's cache"] = kv_cache_bytes(config, device, engine_tp, cache_tokens)
-    parts["sum"] = sum(parts.values())
-    return {name: round(size / 2**30, 2) for name, size in parts.items()}
+    memory = estimate(**chosen)
+    if memory["sum"] + SPARE <= free:
+        return memory
+    way = find_way(estimate, chosen, free)
+    advice = "No option makes it fit: take larger GPUs, more of them, or a smaller model"
+    if way is not None:
+        advice = f"This makes it fit: {way}"
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in memory.items() if name != "sum")
+    sentence = (
+        f"one process needs about {memory['sum']:.1f} GiB ({parts}) and {SPARE:.0f} more for CUDA, "
+        f"and {free:.1f} GiB of its GPU are free. {advice}"
+    )
+    if memory["sum"] > free:
+        fail(sentence)
+    say(f"THIS MAY NOT FIT: {sentence}")
+    return memory
+
+
+def find_way(
+    estimate: Callable[..., dict[str, float]], chosen: dict[str, object], free: float
+) -> str | None:
+    """The first options with which it fits, "" for none; None if it fits with none."""
+    for options, changes in WAYS_TO_FIT.items():
+        if estimate(**{**chosen, **changes})["sum"] + SPARE <= free:
+            return options
+    return None
+
+
+def free_memory(device: torch.device) -> float:
+    """GiB that this process can still take of its GPU; a CPU is not asked."""
+    if device.type == "cpu":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] / 2**30
 
 
 def show_start(
@@ -75,13 +109,6 @@ def show_start(
     show("settings", settings, hidden=("student_prompt", "teacher_prompt"))  # they stand above
     show("versions", about)
     show("GiB a process, estimated", memory)
-    if device.type == "cuda":
-        spare = 5  # GiB for context, graphs and NCCL
-        if memory["sum"] > torch.cuda.mem_get_info()[1] / 2**30 - spare:
-            say(
-                "THIS MAY NOT FIT into the GPU's memory: lower --micro_batch_tokens, or add "
-                "--gradient_checkpointing"
-            )
     return {
         "settings.json": json.dumps(settings, indent=2) + "\n",
         "versions.json": json.dumps(about, indent=2) + "\n",
