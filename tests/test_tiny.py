@@ -154,7 +154,7 @@ def test_harder_problems_are_five_to_seven_steps_within_a_digit() -> None:
 
 
 @pytest.mark.parametrize("name, cap", [("h1", 128), ("h2", 160)])
-def test_a_harder_regime_is_made(name, cap, tmp_path) -> None:
+def test_a_harder_regime_is_made(name, cap, tokenizer, tmp_path) -> None:
     run(str(TINY / "make.py"), "--regime", name, "--seed", 3, "--out", tmp_path, "--steps", 3)
     files = {}
     for part, n in ("train", 4096), ("validation", 512), ("test", 1024):
@@ -163,17 +163,19 @@ def test_a_harder_regime_is_made(name, cap, tmp_path) -> None:
     rows = sum(files.values(), [])
     assert len({row["problem"] for row in rows}) == len(rows)  # none twice, in whatever file
     s = tiny_settings("--model", tmp_path, "--max_completion", cap)
-    tokenizer = load_tokenizer(str(tmp_path))
-    for row in rows:
+    words = load_tokenizer(str(tmp_path))
+    longest = max(rows, key=lambda row: len(row["solution"].split()))
+    for row in [longest, *rows[::20]]:
         style = row["solution"].split("#1")[0].split()
         box = row["solution"].split()[-2]
         assert box == row["answer"] == str(value_of(row["problem"])[-1])
         assert len(style) == len({*style}) == (3 if name == "h2" else 0)
         assert {*style} <= {*make.FILLERS}
-        prompt = encode_prompt(tokenizer, fill(s.teacher_prompt, row), False)
-        assert len(prompt) + cap <= s.max_length and tokenizer.unk_token_id not in prompt
-    base = base_of(s)  # loads, with labels up to #7
-    assert base.config.vocab_size == len(tokenizer) == 74
+        prompt = encode_prompt(words, fill(s.teacher_prompt, row), False)
+        assert len(prompt) + cap <= s.max_length and words.unk_token_id not in prompt
+    labels = {*words.get_vocab()} - {*tokenizer.get_vocab()}
+    assert labels == {"#5", "#6", "#7"} and len(words) == len(tokenizer) + 3
+    assert base_of(s).config.vocab_size == len(words)
     made = json.loads((tmp_path / "regime.json").read_text())
     assert made["regime"] == name and made["seed"] == 3 and made["p_reference_hard"] == 0.5
 

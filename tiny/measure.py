@@ -7,7 +7,6 @@ contexts. The last is the control: a teacher that takes another problem's refere
 not learned to read it, whatever its accuracy.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -37,8 +36,7 @@ def give_contexts(rows: list[dict], tokenizer, s: egrsd.Settings) -> dict[str, l
 
 
 def measure(s: egrsd.Settings, limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Of each context: accuracy and its standard error in %, mean length in tokens, % cut at the
-    cap, and the longest prompt in tokens."""
+    """Of each context its figures, on the first `limit` problems of --eval_data (None: on all)."""
     device = processes.start_processes(s.threads)
     columns = {
         "problem": s.problem_column,
@@ -53,15 +51,28 @@ def measure(s: egrsd.Settings, limit: int | None = None) -> dict[str, dict[str, 
     found = {}
     for name, batch in give_contexts(rows, tokenizer, s).items():
         done = egrsd.roll_out(sample, batch, tokenizer, ends, "evaluation", s, **SAMPLING)
-        right = statistics.fmean(r["correct"] for r in done)
-        found[name] = {
-            "accuracy": 100 * right,
-            "error": 100 * (right * (1 - right) / len(done)) ** 0.5,
-            "length": statistics.fmean(len(r["completion_ids"]) for r in done),
-            "cut": 100 * statistics.fmean(r["truncated"] for r in done),
-            "prompt": max(len(r["prompt_ids"]) for r in done),
-        }
+        found[name] = figures_of(done)
     return found
+
+
+def figures_of(done: list[dict]) -> dict[str, float]:
+    """Of rollouts: accuracy, its standard error and the share that the cap cut, all in %; mean
+    length and longest prompt in tokens."""
+    n = len(done)
+    right = cut = tokens = longest = 0
+    for r in done:
+        right += r["correct"]
+        cut += r["truncated"]
+        tokens += len(r["completion_ids"])
+        longest = max(longest, len(r["prompt_ids"]))
+    p = right / n
+    return {
+        "accuracy": 100 * p,
+        "error": 100 * (p * (1 - p) / n) ** 0.5,
+        "length": tokens / n,
+        "cut": 100 * cut / n,
+        "prompt": longest,
+    }
 
 
 def main() -> None:
@@ -77,7 +88,7 @@ def main() -> None:
             f"{name:15} {row['accuracy']:5.1f} +- {row['error']:.1f} %  {row['length']:5.1f} "
             f"tokens, {row['cut']:.1f} % cut, longest prompt {row['prompt']}"
         )
-    longest = max(row["prompt"] for row in found.values()) + s.max_completion
+    longest = found["with reference"]["prompt"] + s.max_completion
     print(f"longest prompt and cap: {longest} tokens, --max_length {s.max_length}")
 
 
