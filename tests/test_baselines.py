@@ -207,6 +207,20 @@ def test_a_divergence_and_its_gradient_are_those_of_the_full_softmax(options, sc
     assert equal[0].abs().max() < 1e-6 and equal[1].abs().max() < 1e-5 * scale
 
 
+# FAILS forward and reverse, by 3 and 40 %: g and p_S are rounded to bfloat16 one by one, and nearly
+# cancel. A multiple of p_S in g drops out: g = p_S - p_T and g = f would give 0.3 %.
+@pytest.mark.parametrize("options", DIVERGENCES[:3], ids=str)
+def test_a_bfloat16_gradient_is_right_where_teacher_and_student_nearly_agree(options) -> None:
+    s = settings_of("--method", "opsd", *options)
+    hidden_S, head, y = head_case(N=64, V=20_011, d=64, scale=4.0)
+    hidden_T = hidden_S + 0.1 * head_case(N=64, V=20_011, d=64, seed=5)[0]
+    hidden_T, hidden_S, head = (x.bfloat16() for x in (hidden_T, hidden_S, head))
+    _, want = full_divergence(hidden_T, hidden_S, head, s)
+    terms = baselines.divergence_terms(s)
+    got = baselines.divergence_and_gradient(hidden_T, hidden_S, head, y, 64, terms)[1]
+    assert ((got.double() - want).norm(dim=1) / want.norm(dim=1)).max() < 0.01
+
+
 class Largest(TorchDispatchMode):
     """Notes the size of the largest tensor that an operation makes."""
 
@@ -266,6 +280,29 @@ def test_distillation_is_the_mean_divergence_over_the_tokens(rollouts, tokenizer
     assert all(same) if s.method == "opsd" else not any(same)
     got = step_of(run, rollouts, s)  # first: it moves the teacher
     assert_step(got, slow_distilled(run, rollouts, s, prompt))
+
+
+# FAILS "NLL": the probe is log p, below 0; protocol.md and exposure.learn call it nats, an NLL.
+@pytest.mark.parametrize("sign", ["means", "NLL"])
+def test_atesds_controller_is_told_the_means_of_the_step(
+    rollouts, tokenizer, monkeypatch, sign
+) -> None:
+    told = {}
+    monkeypatch.setattr(exposure, "learn", lambda _, means, step, progress: told.update(means))
+    run, s = begin(tokenizer, "--method", "atesd")
+    got = step_of(run, rows_for(run, rollouts, s, exposure.HOLD - 1), s)
+    known = [{**r, "completion_ids": tokenizer(r["solution"]).input_ids} for r in got.mine]
+    y = [token for r in known for token in r["completion_ids"]]
+    with torch.no_grad():
+        probe = [slow_logps(run.model, r["prompt_ids"], r, s) for r in known]
+    teacher = slow_teacher(run, known, s)  # with what it was shown
+    mean = {"loss": got.figures["loss"], "mismatch": got.figures["delta_off"]}
+    mean["confidence"] = got.tokens["logp"].exp().mean().item()
+    mean["teacher"] = torch.cat(teacher)[range(len(y)), y].mean().item()
+    mean["probe"] = -torch.cat(probe)[range(len(y)), y].mean().item()
+    if sign == "means":
+        told["probe"] = abs(told["probe"])
+    assert told == pytest.approx(mean, rel=1e-4)
 
 
 def test_crisp_takes_the_reverse_kl_to_a_copy_of_each_50_steps() -> None:

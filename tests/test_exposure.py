@@ -62,6 +62,8 @@ def play(seed: int, level: float, choices: int) -> list[float]:
 def test_an_exposure_holds_for_some_steps_and_follows_from_seed_and_step() -> None:
     alphas = play(0, 0.0, 8)
     assert alphas == play(0, 0.0, 8) != play(1, 0.0, 8)
+    one = exposure.new_controller(0), exposure.new_controller(0)
+    assert exposure.choose(one[0], 0, 0) != exposure.choose(one[1], 1, 0)
     assert all(0 <= alpha <= 1 for alpha in alphas) and len(set(alphas)) == 8
     for start in range(0, len(alphas), exposure.HOLD):
         assert len(set(alphas[start : start + exposure.HOLD])) == 1
