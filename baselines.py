@@ -507,14 +507,18 @@ def divergence_terms(s: ComparisonSettings) -> Callable[[Tensor, Tensor], tuple[
         "reverse": reverse_kl,
         "jsd": functools.partial(jsd, beta=s.jsd_beta),
     }[s.divergence]
-    if not s.kl_clamp:
-        return plain
+    # A multiple of p_S may be added to g, since the gradient's two terms then cancel. With this one
+    # g is small wherever teacher and student agree, so that rounding it to bfloat16 does no harm.
+    multiple = {"forward": 1.0, "reverse": -1.0, "jsd": 0.0}[s.divergence]
 
-    def clamped(logp_T: Tensor, logp_S: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(logp_T: Tensor, logp_S: Tensor) -> tuple[Tensor, Tensor]:
         f, g = plain(logp_T, logp_S)
-        return f.clamp(max=s.kl_clamp), g.masked_fill(f > s.kl_clamp, 0.0)
+        if s.kl_clamp:
+            g = g.masked_fill(f > s.kl_clamp, 0.0)
+            f = f.clamp(max=s.kl_clamp)
+        return f, g + multiple * exp(logp_S)
 
-    return clamped
+    return terms
 
 
 @torch.no_grad()
@@ -607,6 +611,11 @@ def show_the_teacher(
             seen = {**r, "solution": exposure.expose(r["solution"], r["answer"], share)}
         text = data.fill(prompt, seen)
         r["teacher_prompt_ids"] = data.encode_prompt(run.tokenizer, text, s.thinking)
+        if len(r["teacher_prompt_ids"]) + s.max_completion > s.max_length:
+            fail(
+                f"problem {r['id']}: what --method {s.method} shows the teacher exceeds "
+                f"--max_length {s.max_length}: raise it, or leave the problem out"
+            )
     if s.method == "atesd":
         run.figures["exposure"] = share
 
@@ -633,7 +642,7 @@ def learn_exposure(
             known.append({**r, "completion_ids": ids})
         with teaching(run, s, step):
             values["teacher"], _ = score_completions(run.model, known, "teacher_prompt_ids", s)
-        values["probe"], _ = score_completions(run.model, known, "prompt_ids", s)
+        values["probe"] = -score_completions(run.model, known, "prompt_ids", s)[0]
     means = {}
     for name, value in values.items():
         total = torch.stack([value.double().sum(), value.new_tensor(len(value)).double()]).cpu()
