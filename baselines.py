@@ -20,13 +20,15 @@ The paper's Table 1, extended. Each token of the student's own completion is pus
 Controls (--control) change one thing about EGRSD, to tell what its gate does:
 
     shuffled          the gate's own values, at other tokens of the step: no knowledge of where
-    inverted          1.1 - omega: most weight where the teacher is least certain
+    inverted          1.1 - omega: most weight where the teacher is least certain (and less of it)
     evidence          the gate scales the evidence alone: A * (1 + omega * (w - 1))
     student_entropy   the gate reads the student's entropy instead of the teacher's
-    per_rank          each rank divides by its own highest entropy (against D2)
+    per_rank          each rank divides by its own highest entropy (against D2; EGRSD on one rank)
 
 A method is a loss of each token and its gradient with respect to the student's hidden state; all
-else, from the rollout to the log, is egrsd.py's. What the papers leave open is marked "ours".
+else, from the rollout (but SFT's) to the log, is egrsd.py's. Every loss is a mean over the step's
+tokens, 1/M as in Eq. 7, also where the method's own paper takes a sum or a mean per completion.
+What the papers leave open is marked "ours".
 """
 
 import contextlib
@@ -83,8 +85,11 @@ DISTILLED = ("opsd", "crisp", "atesd")  # those that match its whole distributio
 METHOD_OPTIONS = {
     "none": ["--steps", "0"],
     "rlsd": ["--gamma", "0", "--W", "0"],  # section 5.3
-    "grpo": ["--rollouts_per_prompt", "8"],  # ours: 4 problems x 8 keep the batch of Table A1
-    "crisp": ["--divergence", "reverse", "--teacher", "copy", "--teacher_every", "50"],  # CRISP
+    # ours: 4 problems x 8 keep the batch of Table A1, which has one rollout of a problem for every
+    # method. With that, and Appendix B's whitening, what is left of GRPO is --method rlsd --eps 0.
+    "grpo": ["--rollouts_per_prompt", "8"],
+    # CRISP; Table A1's "fixed teacher" for every method would be --teacher frozen.
+    "crisp": ["--divergence", "reverse", "--teacher", "copy", "--teacher_every", "50"],
 }
 
 
@@ -102,7 +107,7 @@ class ComparisonSettings(Settings):
     )  # ours: the paper's future work
     gamma_steps: int = opt("comparison", 100, "steps that it takes for that")  # ours
     rlsd_lambda: float = opt(
-        "comparison", 0.0, "above 0: RLSD's own mixing, from this to 0 in 50 steps"
+        "comparison", 0.0, "above 0: w counts by this share, which falls to 0 in 50 steps"
     )  # RLSD: 0.5; the paper's RLSD has none
     divergence: str = opt(
         "comparison", "forward", "of full distillation", "forward", "reverse", "jsd"
@@ -323,7 +328,10 @@ def imitate(model, rollouts: list[dict], s: Settings) -> tuple[list[dict], dict[
 
 
 def group_advantages(rewards: Tensor, size: int) -> Tensor:
-    """(B,) (r - mean) / (std + 1e-4) among the `size` rollouts of each problem; std with n - 1."""
+    """(B,) (r - mean) / (std + 1e-4) among the `size` rollouts of each problem; std with n - 1.
+
+    As TRL has it.
+    """
     r = rewards.view(-1, size)
     mean = r.mean(1, keepdim=True)
     std = r.std(1, keepdim=True)
@@ -333,7 +341,7 @@ def group_advantages(rewards: Tensor, size: int) -> Tensor:
 def reinforce_groups(
     model, rollouts: list[dict], s: ComparisonSettings
 ) -> tuple[list[dict], dict[str, Tensor]]:
-    """GRPO: direction alone. One update a rollout, so that there is no ratio and no clip."""
+    """GRPO: direction alone. No ratio and no clip, as each rollout is used once; no KL (ours)."""
     rewards = torch.tensor([r["reward"] for r in rollouts])  # in the order of the problems
     for r, A in zip(rollouts, group_advantages(rewards, s.rollouts_per_prompt).tolist()):
         r["advantage"] = A
@@ -399,7 +407,9 @@ def weigh_tokens(
 
     gamma = gamma_of_step(s, step)
     run.figures["gamma"] = gamma
-    omega = gate_of_control(model, mine, H, lengths, gamma, s)  # (N,)
+    if s.control == "student_entropy":
+        _, H = score_completions(model, mine, "prompt_ids", s)
+    omega = gate_of_control(H, lengths, gamma, s)  # (N,)
     if s.control == "shuffled":
         omega = shuffle_over_step(omega, mine, lengths, s.seed, step)
 
@@ -423,13 +433,9 @@ def gamma_of_step(s: ComparisonSettings, step: int) -> float:
     return s.gamma * share[s.gamma_schedule]
 
 
-def gate_of_control(
-    model, mine: list[dict], H: Tensor, lengths: Tensor, gamma: float, s: ComparisonSettings
-) -> Tensor:
-    """(N,) omega: whose entropy, divided by which maximum, and which way round?"""
-    if s.control == "student_entropy":
-        _, H = score_completions(model, mine, "prompt_ids", s)
-    if s.control == "per_rank":
+def gate_of_control(H: Tensor, lengths: Tensor, gamma: float, s: ComparisonSettings) -> Tensor:
+    """(N,) omega: divided by which maximum, and which way round?"""
+    if s.control == "per_rank" and H.isfinite().all():
         rows = []
         for h in H.split(lengths.tolist()):
             real = torch.ones_like(h)[None].bool()  # (1, T)
@@ -437,7 +443,7 @@ def gate_of_control(
         return torch.cat(rows)
     omega = gate_of_step(H, lengths, gamma, s.W)
     if s.control == "inverted":
-        return 1.1 - omega  # as omega, from 0.1 to 1
+        return 1.1 - omega  # 0.1 where the teacher is certain, up to 0.1 + gamma where it is not
     return omega
 
 

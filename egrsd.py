@@ -24,6 +24,7 @@ Symbols (the paper's)                          Shapes
     H      teacher entropy in nats                 L  tokens of prompt and completion
     delta  log p_T(y) - log p_S(y), in nats        M  completion tokens of the whole step
     gamma  strength of the gate                    W  lookahead in tokens
+In code `s` is the settings, and a rollout `r` is a dictionary: see roll_out.
 
 The file reads as the data flow: settings, problems, rollout, reward, forward pass, head, gate, the
 step, training. "Alg. 1, line n" marks each line of Algorithm 1 once, in order. Where the paper is
@@ -44,7 +45,7 @@ why):
     D13  logits must be hidden @ W.T: another head is refused
     D14  diagnostics.py: the reference is the worked solution, else a right completion, else the
          bare answer
-    D15  diagnostics.py: outside training a "batch" is 32 completions
+    D15  diagnostics.py: a "batch" is the training step, or else 32 completions
 
 What is not the method is in support/: processes, files, loading, grading, the run's folder and log.
 """
@@ -138,11 +139,11 @@ class Settings:
 
     data: str = opt(
         "data", "siyanzhao/Openthoughts_math_30k_opsd", "hub id, or .json, .jsonl or .parquet file"
-    )  # D7
-    split: str = opt("data", "train", "split of a hub dataset")  # D7
-    problem_column: str = opt("data", "problem", "column with x (in any case)")  # D7
-    solution_column: str = opt("data", "solution", "column with s*, the reference")  # D7
-    answer_column: str = opt("data", "Answer", "column with the answer for the reward")  # D7
+    )  # Appendix D
+    split: str = opt("data", "train", "split of a hub dataset")  # ours: it has no other
+    problem_column: str = opt("data", "problem", "column with x (in any case)")  # Appendix D
+    solution_column: str = opt("data", "solution", "column with s*, the reference")  # Appendix D
+    answer_column: str = opt("data", "Answer", "column with the answer for the reward")  # ours
     eval_data: str = opt("data", "", "held-out problems, answered before and after")  # ours
     eval_before: bool = opt("data", True, "answer them before training too")  # ours
     student_prompt: str = opt("data", STUDENT_PROMPT, "what the student is asked")  # D7
@@ -173,7 +174,8 @@ class Settings:
     top_k: int = opt("rollout", 20, "most tokens that it considers, 0 = all")  # Table A1
 
 
-# What --resume may change: how far and how fast a run goes, not what it computes.
+# What --resume may change: how far and how fast a run goes, not what it computes. (Another engine
+# draws other completions from the same seed.)
 FREE_ON_RESUME = (
     "out resume overwrite steps save_every wandb attn gradient_checkpointing threads "
     "micro_batch_tokens head_chunk engine rollout_tp"
@@ -253,8 +255,120 @@ def next_problems(
 # --------------------------------------------------------------------------------------------------
 # Rollout: vLLM inside the training process (colocated), with the adapter of the moment
 #
-# The engine has a copy of the base weights; the adapter is pushed to it after each step. It is
-# never merged into them: one step at 5e-6 would round away in bfloat16. [D11]
+# The engine has a copy of the base weights, and after each step the adapter is pushed to it. It is
+# not merged into them: in bfloat16 a change of 5e-6 would round away in the sum, and in the base
+# itself rounding would add up. The float32 adapter that is trained loses nothing. [D11]
+
+
+def roll_out(
+    sample: engines.Generate,
+    batch: list[dict],
+    tokenizer,
+    eos_ids: list[int],
+    step: int | str,
+    s: Settings,
+    offset: int = 0,
+    **sampling: float,
+) -> list[dict]:
+    """Sample and grade a completion for each row of `batch`. -> rollouts of all ranks, in order.
+
+    A rollout is its row (id, problem, solution, answer, prompt_ids, teacher_prompt_ids) and step,
+    index (from `offset` on), seed, completion_ids, engine_logps (nats), text, graded_text,
+    truncated, reward, correct, extracted, status. train() adds its advantage.
+    """
+    prompts = [row["prompt_ids"] for row in batch]  # Alg. 1, line 2
+    seeds = [engines.rollout_seed(s.seed, step, offset + i) for i in range(len(batch))]
+    drawn = list(sample(prompts, seeds, max_new=s.max_completion, **sampling))  # Alg. 1, line 3
+    mine = []  # of this rank
+    for i, ids, logps in drawn:
+        rollout = {**batch[i], "step": step, "index": offset + i, "seed": seeds[i]}
+        rollout["completion_ids"] = ids  # with the end token, if it was sampled [D9]
+        rollout["engine_logps"] = logps
+        # text, graded_text (which begins with <think> if the prompt ended with it), truncated
+        rollout.update(data.read_completion(tokenizer, prompts[i], ids, eos_ids))
+        mine.append(rollout)
+    for rollout, (reward, grade) in zip(mine, compute_rewards(mine, s)):
+        rollout["reward"] = reward
+        rollout["correct"] = grade.correct
+        rollout["extracted"] = grade.answer
+        rollout["status"] = grade.status
+    return sorted(processes.gather(mine), key=lambda rollout: rollout["index"])
+
+
+def start_engine(
+    s: Settings, model, eos_ids: list[int], device: torch.device, engine: str, tp: int
+) -> tuple[engines.Generate, Callable[[], None]]:
+    """-> sample(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push().
+
+    Each rank passes the prompts of all ranks and gets (index, ids, log-probabilities) of its own
+    share. push() makes the engine use the adapter as it is now.
+    """
+    if engine == "vllm":
+        generate, push = start_colocated_vllm(s, model, eos_ids, device, tp)
+    else:
+        generate = functools.partial(engines.hf_generate, model, eos_ids)
+
+        def push() -> None:
+            """transformers' generate runs the very model that is trained."""
+
+    def sample(prompts: list, seeds: list[int], **sampling) -> Iterable[engines.Completion]:
+        # The `tp` ranks of one engine draw the same completions, and each keeps its part of them.
+        rank, world = processes.rank_and_world()
+        rows = range(rank // tp, len(prompts), world // tp)
+        work = [prompts[i] for i in rows], [seeds[i] for i in rows]
+        for k, ids, logps in generate(*work, **sampling):
+            if k % tp == rank % tp:
+                yield rows[k], ids, logps
+
+    return sample, push
+
+
+def start_colocated_vllm(
+    s: Settings, model, eos_ids: list[int], device: torch.device, tp: int
+) -> tuple[engines.Generate, Callable[[], None]]:
+    """-> generate(prompts, seeds, ...) with the adapter, and push(), which loads it anew."""
+    cache = engines.kv_cache_bytes(model.config, device, tp, cache_tokens(s, tp))
+    llm = start_vllm(
+        s.model,
+        device,
+        tp,
+        s.max_length,
+        s.lora_r,
+        trust_remote_code=s.trust_remote_code,
+        max_num_seqs=s.batch_size,
+        max_num_batched_tokens=max(8_192, s.batch_size),  # vLLM's own number depends on the GPU
+        lora_target_modules=models.layer_names(s.lora_targets),  # else it wraps the head too
+        kv_cache_memory_bytes=cache,
+        gpu_memory_utilization=0.05,  # the line above decides; this share must be free at the start
+    )
+    from vllm.lora.request import LoRARequest
+
+    size = sum(p.numel() * p.element_size() for p in trainable(model).values())
+    folder = run_folder.adapter_shelf(Path(s.out), size)
+
+    def push() -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            models.save_for_engine(model, folder)
+        processes.barrier()  # written before anyone reads
+        new = llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
+        # Without this the engine would serve what older weights computed: the prefix cache is
+        # keyed by the adapter's name, which stays.
+        if not (new and llm.reset_prefix_cache()):
+            console.fail("the rollout engine kept its old adapter, or what that one had computed")
+        processes.barrier()  # read before anyone writes again
+
+    # Without load_inplace, which would read the folder again for every token.
+    lora = LoRARequest("student", 1, str(folder))
+    return functools.partial(vllm_generate, llm, lora, eos_ids), push
+
+
+def cache_tokens(s: Settings, tp: int) -> int:
+    """Room in one engine's cache: for its rollouts of a step and as much again for their prompts,
+    or for one sequence of full length. No more, since training needs the memory."""
+    world = processes.rank_and_world()[1]
+    in_flight = s.batch_size * tp // world * 2 * s.max_completion
+    return max(s.max_length, in_flight)
+
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as the largest rank
 
@@ -329,116 +443,6 @@ def vllm_generate(
             ids = list(done.outputs[0].token_ids)
             logps = [at[i].logprob for at, i in zip(done.outputs[0].logprobs, ids)]
             yield int(done.request_id), ids, logps
-
-
-def start_colocated_vllm(
-    s: Settings, model, eos_ids: list[int], device: torch.device, tp: int
-) -> tuple[engines.Generate, Callable[[], None]]:
-    """-> generate(prompts, seeds, ...) with the adapter, and push(), which loads it anew."""
-    cache = engines.kv_cache_bytes(model.config, device, tp, cache_tokens(s, tp))
-    llm = start_vllm(
-        s.model,
-        device,
-        tp,
-        s.max_length,
-        s.lora_r,
-        trust_remote_code=s.trust_remote_code,
-        max_num_seqs=s.batch_size,
-        max_num_batched_tokens=max(8_192, s.batch_size),  # vLLM's own number depends on the GPU
-        lora_target_modules=models.layer_names(s.lora_targets),  # else it wraps the head too
-        kv_cache_memory_bytes=cache,
-        gpu_memory_utilization=0.05,  # the line above decides; this share must be free at the start
-    )
-    from vllm.lora.request import LoRARequest
-
-    size = sum(p.numel() * p.element_size() for p in trainable(model).values())
-    folder = run_folder.adapter_shelf(Path(s.out), size)
-
-    def push() -> None:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            models.save_for_engine(model, folder)
-        processes.barrier()  # written before anyone reads
-        new = llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
-        # Without this the engine would serve what older weights computed: the prefix cache is
-        # keyed by the adapter's name, which stays.
-        if not (new and llm.reset_prefix_cache()):
-            console.fail("the rollout engine kept its old adapter, or what that one had computed")
-        processes.barrier()  # read before anyone writes again
-
-    # Without load_inplace, which would read the folder again for every token.
-    lora = LoRARequest("student", 1, str(folder))
-    return functools.partial(vllm_generate, llm, lora, eos_ids), push
-
-
-def cache_tokens(s: Settings, tp: int) -> int:
-    """Room in one engine's cache: for its rollouts of a step, as much again for their prompts, and
-    for one sequence of full length. No more, since training needs the memory."""
-    world = processes.rank_and_world()[1]
-    in_flight = s.batch_size * tp // world * 2 * s.max_completion
-    return max(s.max_length, in_flight)
-
-
-def start_engine(
-    s: Settings, model, eos_ids: list[int], device: torch.device, engine: str, tp: int
-) -> tuple[engines.Generate, Callable[[], None]]:
-    """-> sample(prompts, seeds, temperature=, top_p=, top_k=, max_new=), and push().
-
-    Each rank passes the prompts of all ranks and gets (index, ids, log-probabilities) of its own
-    share. push() makes the engine use the adapter as it is now.
-    """
-    if engine == "vllm":
-        generate, push = start_colocated_vllm(s, model, eos_ids, device, tp)
-    else:
-        generate = functools.partial(engines.hf_generate, model, eos_ids)
-
-        def push() -> None:
-            """transformers' generate runs the very model that is trained."""
-
-    def sample(prompts: list, seeds: list[int], **sampling) -> Iterable[engines.Completion]:
-        # The `tp` ranks of one engine draw the same completions, and each keeps its part of them.
-        rank, world = processes.rank_and_world()
-        rows = range(rank // tp, len(prompts), world // tp)
-        work = [prompts[i] for i in rows], [seeds[i] for i in rows]
-        for k, ids, logps in generate(*work, **sampling):
-            if k % tp == rank % tp:
-                yield rows[k], ids, logps
-
-    return sample, push
-
-
-def roll_out(
-    sample: engines.Generate,
-    batch: list[dict],
-    tokenizer,
-    eos_ids: list[int],
-    step: int | str,
-    s: Settings,
-    offset: int = 0,
-    **sampling: float,
-) -> list[dict]:
-    """Sample and grade a completion for each row of `batch`. -> rollouts of all ranks, in order.
-
-    A rollout is its row (id, problem, solution, answer, prompt_ids, teacher_prompt_ids) and step,
-    index (from `offset` on), seed, completion_ids, engine_logps (nats), text, graded_text,
-    truncated, reward, correct, extracted, status. train() adds its advantage.
-    """
-    prompts = [row["prompt_ids"] for row in batch]  # Alg. 1, line 2
-    seeds = [engines.rollout_seed(s.seed, step, offset + i) for i in range(len(batch))]
-    drawn = list(sample(prompts, seeds, max_new=s.max_completion, **sampling))  # Alg. 1, line 3
-    mine = []  # of this rank
-    for i, ids, logps in drawn:
-        rollout = {**batch[i], "step": step, "index": offset + i, "seed": seeds[i]}
-        rollout["completion_ids"] = ids  # with the end token, if it was sampled [D9]
-        rollout["engine_logps"] = logps
-        # text, graded_text (which begins with <think> if the prompt ended with it), truncated
-        rollout.update(data.read_completion(tokenizer, prompts[i], ids, eos_ids))
-        mine.append(rollout)
-    for rollout, (reward, grade) in zip(mine, compute_rewards(mine, s)):
-        rollout["reward"] = reward
-        rollout["correct"] = grade.correct
-        rollout["extracted"] = grade.answer
-        rollout["status"] = grade.status
-    return sorted(processes.gather(mine), key=lambda rollout: rollout["index"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,9 +534,9 @@ class RewardStats:
 
 
 def add_adapter(base, s: Settings):
-    """The student: the frozen base and a fresh float32 LoRA adapter. Section 5.1 [D11]
+    """The student: the frozen base and a fresh LoRA adapter, which PEFT makes float32. [D11]
 
-    Its B is 0, so that student and base start equal.
+    Its B is 0, so that student and base start equal. Section 5.1.
     """
     torch.manual_seed(s.seed)  # the same on every rank
     from peft import LoraConfig, get_peft_model
@@ -628,10 +632,10 @@ def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[
 #
 #     d log p(y) / d hidden = U[y] - sum over v of p(v) U[v]
 #
-# Two tiles are put together by the share of the second in both, s = Z_tile / (Z + Z_tile):
+# Two tiles are put together by the share of the second, q = Z_tile / (Z + Z_tile):
 #
-#     a mean      (1 - s) mean + s mean_tile
-#     an entropy  (1 - s) H + s H_tile - s log s - (1 - s) log(1 - s)    (its chain rule)
+#     a mean      (1 - q) mean + q mean_tile
+#     an entropy  (1 - q) H + q H_tile - q log q - (1 - q) log(1 - q)    (its chain rule)
 
 VOCAB_TILE = 8_192  # ours: d 512, V 151,936, two CPU cores: 2.1 s, all of V 2.8 s; GPU unmeasured
 
@@ -658,7 +662,7 @@ def _softmax_of_tile(hidden: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tens
 def _logprob_and_entropy(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """logprob_and_entropy without its checks: what the teacher's pass calls."""
+    """(N,) log p(y), (N,) entropy, in nats: the teacher's pass. Without checks; see below."""
     logps = []
     entropies = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # (n, d), (n,)
@@ -667,9 +671,9 @@ def _logprob_and_entropy(
         for tile in head_weight.split(VOCAB_TILE):  # (v, d)
             z, e, total, log_Z_tile = _softmax_of_tile(h, tile)
             H_tile = total.log() - (z * e).sum(1) / total
-            share = torch.sigmoid(log_Z_tile - log_Z)  # 1 for the first tile
-            inside = (1 - share) * H + share * H_tile
-            H = inside + torch.special.entr(share) + torch.special.entr(1 - share)
+            q = torch.sigmoid(log_Z_tile - log_Z)  # 1 for the first tile
+            inside = (1 - q) * H + q * H_tile
+            H = inside + torch.special.entr(q) + torch.special.entr(1 - q)
             log_Z = torch.logaddexp(log_Z, log_Z_tile)
         z_y = (h.float() * head_weight[y].float()).sum(1)  # (n,) the target's logit
         logps.append(z_y - log_Z)
@@ -681,7 +685,7 @@ def _logprob_and_entropy(
 def _logprob_and_gradient(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """logprob_and_gradient without its checks: what the student's pass calls."""
+    """(N,) log p(y), (N, d) gradient of it: the student's pass. Without checks; see below."""
     logps = []
     gradients = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # (n, d), (n,)
@@ -690,8 +694,8 @@ def _logprob_and_gradient(
         for tile in head_weight.split(VOCAB_TILE):  # (v, d)
             _, e, total, log_Z_tile = _softmax_of_tile(h, tile)
             mean_of_tile = _matmul(e.to(tile.dtype), tile) / total[:, None]  # (n, d)
-            share = torch.sigmoid(log_Z_tile - log_Z)[:, None]  # (n, 1)
-            mean_row = (1 - share) * mean_row + share * mean_of_tile
+            q = torch.sigmoid(log_Z_tile - log_Z)[:, None]  # (n, 1)
+            mean_row = (1 - q) * mean_row + q * mean_of_tile
             log_Z = torch.logaddexp(log_Z, log_Z_tile)
         row_y = head_weight[y].float()  # (n, d)
         logps.append((h.float() * row_y).sum(1) - log_Z)
@@ -755,7 +759,8 @@ def logp_at_one(logp: Tensor, hidden: Tensor, head: Tensor, y: Tensor, s: Settin
 
 
 # --------------------------------------------------------------------------------------------------
-# Confidence, magnitude, and their product: functions of (B, T) right-padded tensors and their mask
+# Confidence: functions of (B, T) right-padded tensors and their mask; after them magnitude and
+# product in the same shape, which tests and diagnostics use, and the step writes on flat tensors
 
 
 def lookahead_min(entropy: Tensor, mask: Tensor, W: int) -> Tensor:
@@ -906,10 +911,12 @@ def accumulate_gradient(
         A_hat = A[now] * w * omega[now]  # Alg. 1, line 18
         loss = -(A_hat * logp) / M  # (n,), summed over the step; Alg. 1, line 19
 
-        # dL/dhidden is a known multiple of dlogp/dhidden, since A_hat is a constant.
+        # The loss is for the log. Its gradient dL/dhidden is a known multiple of dlogp/dhidden,
+        # since A_hat is a constant, and is applied here.
         hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))
 
-        # For the canary, which compares it with the log-probabilities of the rollout engine.
+        # For the canary: how far is it from what the rollout engine said of the same tokens? A jump
+        # means that the engine runs other weights.
         raw_logp = logp_at_one(logp, hidden, head, y, s)
         for name, value in zip(done, (logp, raw_logp, w, loss)):
             done[name].append(value)
@@ -934,6 +941,7 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
     if run is None:  # it is finished already
         return
     model = run.model
+    # run.roll_out and run.accumulate_gradient are the functions above, unless a method changed them
     for step in range(run.start, s.steps):
         clock = [time.perf_counter()]
         position = run.position

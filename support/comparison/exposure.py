@@ -5,6 +5,10 @@ answer. One alpha holds for HOLD updates; it is drawn from Beta(a, b) with (a, b
 softplus(network(state)), and REINFORCE makes those likelier after which the loss fell faster.
 ATESD's text leaves the network, HOLD, the discount and the rates open: all of them are ours.
 
+The state tells how far training is and how it goes: running means of alpha, of the loss, of the
+mismatch |log p_T - log p_S|, of a probe (the student's negative log-likelihood of the references,
+which is what it should come to know) and of its confidence in its own tokens.
+
 The controller is a dictionary of tensors, so that a checkpoint holds it and --resume goes on.
 """
 
@@ -80,7 +84,7 @@ def new_controller(seed: int) -> dict[str, Tensor]:
     for number, shape in enumerate(SHAPES):
         controller[f"exposure/net_{number}"] = 0.1 * torch.randn(shape, generator=generator)
     controller["exposure/net_3"] -= 2.0  # 1 + softplus(-2) = 1.13: close to uniform
-    controller["exposure/means"] = torch.zeros(len(MEANS))
+    controller["exposure/means"] = torch.full((len(MEANS),), math.nan)  # not seen yet
     controller["exposure/state"] = torch.zeros(1 + len(MEANS))  # at the last choice
     controller["exposure/alpha"] = torch.zeros(())
     controller["exposure/losses"] = torch.zeros(HOLD)  # under the last choice, oldest first
@@ -104,7 +108,7 @@ def network(controller: dict[str, Tensor]) -> list[Tensor]:
 def choose(controller: dict[str, Tensor], seed: int, step: int) -> float:
     """The alpha of this step: a new one every HOLD steps, the same on every rank."""
     if decides(step) and controller["exposure/step"] != step:
-        means = controller["exposure/means"]
+        means = controller["exposure/means"].nan_to_num(0.0)
         # In hundreds of steps, and not the share of --steps, which a run may be given more of.
         state = torch.cat([means.new_tensor([min(1.0, step / 100)]), means])
         beta = policy(network(controller), state)
@@ -129,8 +133,9 @@ def learn(controller: dict[str, Tensor], means: dict[str, float], step: int) -> 
     means = {"alpha": controller["exposure/alpha"].item(), **means}
     for number, name in enumerate(MEANS):
         if name in means:
-            share = 1 - KEEP if step else 1.0
-            seen[number] += share * (means[name] - seen[number])
+            old = seen[number].item()
+            first = math.isnan(old)
+            seen[number] = means[name] if first else KEEP * old + (1 - KEEP) * means[name]
     losses = controller["exposure/losses"]
     losses.copy_(torch.cat([losses[1:], losses.new_tensor([means["loss"]])]))
     if decides(step + 1):
