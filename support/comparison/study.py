@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import json
 import multiprocessing
+import queue
 import shutil
 import statistics
 import subprocess
@@ -157,12 +158,18 @@ def choose_rates(rows: list[dict]) -> dict[tuple[str, str], str]:
 
 
 def base_folder(out: Path, regime: str, base: str) -> Path:
-    """The folder of a base model, made by tiny/make.py if it is not there."""
+    """The folder of a base model; whoever asks first makes it with tiny/make.py."""
     if regime == "embedded":
         return ROOT / "tiny"
     folder = out / "bases" / f"{regime.replace(':', '-')}-{base}"
-    if (folder / "model.safetensors").exists():
-        return folder
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for it
+        if not (folder / "model.safetensors").exists():
+            make_base(folder, regime, base)
+    return folder
+
+
+def make_base(folder: Path, regime: str, base: str) -> None:
     name, _, changed = regime.partition(":")
     command = [sys.executable, str(ROOT / "tiny" / "make.py"), "--regime", name, "--seed", base]
     if changed:
@@ -172,7 +179,6 @@ def base_folder(out: Path, regime: str, base: str) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     subprocess.run([*command, "--out", str(beside)], check=True, capture_output=True)
     beside.rename(folder)
-    return folder
 
 
 def options_of(run: dict[str, str], base: Path, folder: Path) -> list[str]:
@@ -257,8 +263,11 @@ def work(
     """A process that does one run after another; what it would print goes to a file."""
     sys.stdout = sys.stderr = log.open("w", buffering=1)
     while True:
-        run = inbox.get()
-        if run is None:
+        try:
+            run = inbox.get(timeout=5)
+        except queue.Empty:
+            if multiprocessing.parent_process().is_alive():
+                continue
             return
         folder = out / "runs" / "-".join(key_of(run)).replace(":", "-")
         shutil.rmtree(folder, ignore_errors=True)  # half a run is begun again
@@ -277,16 +286,36 @@ def do_runs(
     end = time.monotonic() + 60 * minutes
     context = multiprocessing.get_context("spawn")
     outbox = context.Queue()
-    inboxes = []
+    workers = []
+    idle = []
     for number in range(jobs):
         inbox = context.Queue()
         log = out / f"worker_{number}.log"
-        context.Process(target=work, args=(inbox, outbox, out, log, train), daemon=True).start()
-        inboxes.append(inbox)
-    idle = list(inboxes)
-    busy = {}
+        worker = context.Process(target=work, args=(inbox, outbox, out, log, train), daemon=True)
+        worker.start()
+        workers.append(worker)
+        idle.append(inbox)
+    try:
+        keep_busy(quick, results, idle, outbox, end, out)
+    except KeyboardInterrupt:
+        fail("stopped. The same command goes on: finished runs are not run again")
+    finally:
+        for worker in workers:
+            worker.kill()  # a training run takes SIGTERM for "save, then end"
+
+
+def keep_busy(
+    quick: bool,
+    results: Path,
+    idle: list[multiprocessing.Queue],
+    outbox: multiprocessing.Queue,
+    end: float,
+    out: Path,
+) -> None:
+    """Give a run to whoever is idle, and write down what comes back."""
     from tqdm import tqdm
 
+    busy = {}
     bar = tqdm(desc="study", unit="run")
     while True:
         while idle and time.monotonic() < end:
@@ -298,10 +327,7 @@ def do_runs(
             inbox.put(run)
         if not busy:
             break
-        try:
-            run, measured, error = outbox.get()
-        except KeyboardInterrupt:
-            fail("stopped. The same command goes on: finished runs are not run again")
+        run, measured, error = outbox.get()
         idle.append(busy.pop(key_of(run)))
         if error:
             fail(f"{' '.join(key_of(run))} ended with {error}; see {out}/worker_*.log")
@@ -310,8 +336,6 @@ def do_runs(
         add_rows(results / "runs.csv", COLUMNS, [row])
         bar.update()
         bar.set_postfix_str(f"{run['regime']} {run['arm']} {row['accuracy']} %")
-    for inbox in inboxes:
-        inbox.put(None)
     bar.close()
 
 
