@@ -18,7 +18,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 def sources() -> list[Path]:
     """Every Python file but the tests."""
     files = [*ROOT.glob("*.py"), *(ROOT / "support").rglob("*.py"), *(ROOT / "tiny").glob("*.py")]
-    files += (ROOT / ".ci").glob("*.py")
+    files += [*(ROOT / ".ci").glob("*.py"), *(ROOT / "faults").glob("*.py")]
     return sorted(path for path in files if not path.name.startswith("test_"))
 
 

@@ -11,6 +11,7 @@ from support.shared.engines import rollout_seed
 from support.shared.files import make_folder, read_json, write_json
 from support.shared.grading import grade_completions
 from support.shared.processes import first_rank_first
+from support.shared.rows import as_id, as_text, read_rows
 
 BENCHMARKS = {  # name: hub id, config, split
     "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
@@ -39,7 +40,10 @@ def load_benchmark(name: str, data_dir: str, limit: int) -> list[dict[str, str]]
         split = None
     problems = []
     for number, row in enumerate(read_table(name, source, config, split)):
-        problems.append(as_problem(row, number))
+        try:
+            problems.append(as_problem(row, number))
+        except ValueError as error:
+            fail(f"{name}: {source}, row {number}: {error}. Write it out as one string")
     ids = set()
     bad = []
     for p in problems:
@@ -56,18 +60,15 @@ def load_benchmark(name: str, data_dir: str, limit: int) -> list[dict[str, str]]
 
 
 def read_table(name: str, source: str, config: str | None, split: str | None) -> list[dict]:
-    """Rows of a hub data set, or of a local file where there is no split; values are text."""
+    """Rows of a hub data set, or of a local file where there is no split."""
     # Outside of the try: when rank 0 has failed, its siblings' wait ends with an exception.
     with first_rank_first():
+        if not split:
+            return read_rows(Path(source), f"{name}:")
         try:
-            if split:
-                import datasets
+            import datasets
 
-                raw = list(datasets.load_dataset(source, config, split=split))
-            else:
-                lines = Path(source).read_text("utf-8").split("\n")
-                raw = [json.loads(line) for line in lines if line.strip()]
-            return [as_text(row) for row in raw]
+            return list(datasets.load_dataset(source, config, split=split))
         except Exception as error:  # of a dozen types; each means that there is nothing to evaluate
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             fail(
@@ -76,20 +77,28 @@ def read_table(name: str, source: str, config: str | None, split: str | None) ->
             )
 
 
-def as_text(row: dict) -> dict[str, str]:
-    return {key.lower(): "" if value is None else str(value).strip() for key, value in row.items()}
+def as_problem(raw: dict, number: int) -> dict[str, str]:
+    """Data sets differ in their columns, and GSM8K's answers end "... #### 1,234".
 
-
-def as_problem(row: dict[str, str], number: int) -> dict[str, str]:
-    """Data sets differ in their columns, and GSM8K's answers end "... #### 1,234"."""
-    worked, mark, gold = row.get("answer", "").rpartition("####")
+    A ValueError says which of its cells is no text.
+    """
+    row = {}
+    cells = {key.lower(): value for key, value in raw.items()}
+    for key in ("problem", "question", "answer", "solution"):
+        try:
+            row[key] = as_text(cells.get(key))
+        except ValueError as error:
+            raise ValueError(f"the {key} is {cells[key]!r:.40}, {error}") from error
+    worked, mark, gold = row["answer"].rpartition("####")
     if mark:
         gold = re.sub(r"(?<=\d),(?=\d{3})", "", gold).strip()
+    labels = [cells.get(key) for key in ("id", "unique_id", "problem_idx")]
+    label = next((value for value in labels if value not in (None, "")), None)
     return {
-        "id": row.get("id") or row.get("unique_id") or row.get("problem_idx") or str(number),
-        "problem": row.get("problem") or row.get("question", ""),
+        "id": as_id(label, number),
+        "problem": row["problem"] or row["question"],
         "answer": gold,
-        "solution": row.get("solution") or worked,
+        "solution": row["solution"] or worked,
     }
 
 
