@@ -66,6 +66,7 @@ from support.shared.files import read_json
 from support.shared.grading import Grade, grade_completions
 from support.shared.options import make_parser, opt
 from support.training import guards, journal, opening, run_folder, tensors
+from support.training.check_data import check_data
 from support.training.rules import find_broken_rule
 
 ROOT = Path(__file__).resolve().parent
@@ -139,6 +140,7 @@ class Settings:
     solution_column: str = opt("data", "solution", "column with s*, the reference")  # D7
     answer_column: str = opt("data", "Answer", "column with the answer for the reward")  # D7
     eval_data: str = opt("data", "", "held-out problems, answered before and after")  # ours
+    check_data: bool = opt("data", False, "report on the data, and end: no model, no run")  # ours
     student_prompt: str = opt("data", STUDENT_PROMPT, "what the student is asked")  # D7
     teacher_prompt: str = opt("data", TEACHER_PROMPT, "what the teacher is asked")  # D7
     thinking: bool = opt("data", False, "both contexts in thinking mode, if there is one")  # D8
@@ -170,7 +172,7 @@ class Settings:
 # What --resume may change: how far and how fast a run goes, not what it computes.
 FREE_ON_RESUME = (
     "out resume overwrite steps save_every wandb attn gradient_checkpointing threads "
-    "micro_batch_tokens head_chunk engine rollout_tp"
+    "micro_batch_tokens head_chunk engine rollout_tp check_data"
 ).split()
 
 
@@ -189,7 +191,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         run = run_folder.saved_settings(Path(out), names=vars(first))
     parser.set_defaults(**PRESETS[first.preset])
     parser.set_defaults(**run)
-    parser.set_defaults(resume=False, overwrite=False, wandb="")  # of this start, not of the run
+    # Of this start, not of the run.
+    parser.set_defaults(resume=False, overwrite=False, check_data=False, wandb="")
     given = parser.parse_args(argv)
     given.out = out
     fixed = {}
@@ -1109,4 +1112,8 @@ def finish(run: SimpleNamespace, s: Settings) -> None:
 
 if __name__ == "__main__":
     with processes.ending_together():
-        train(parse_settings())
+        s = parse_settings()
+        if s.check_data:
+            check_data(dataclasses.asdict(s))
+        else:
+            train(s)
