@@ -8,7 +8,7 @@ from pathlib import Path
 from support.shared.console import ROOT, fail
 from support.shared.data import encode_prompt, fill, read_completion
 from support.shared.engines import rollout_seed
-from support.shared.files import make_folder, read_json, write_json
+from support.shared.files import lock, make_folder, read_json, unlock, write_json
 from support.shared.grading import grade_completions
 from support.shared.processes import first_rank_first
 from support.shared.rows import as_id, as_text, read_rows
@@ -145,7 +145,15 @@ def sample_key(row: dict) -> tuple[str, str, int, int]:
 
 
 def open_folder(out: Path, settings: dict) -> None:
-    """Refuse to mix samples drawn under different settings; leave whole lines only."""
+    """Refuse to mix samples drawn under different settings; leave whole lines only.
+
+    The folder is this process's until it ends, as a run's is.
+    """
+    make_folder(out)
+    lock(out)
+    for path in out.glob("samples-*.jsonl"):  # of a rank that outlived its first one
+        lock(path)
+        unlock(path)
     saved = out / "settings.json"
     begun = any(path.stat().st_size for path in out.glob("samples*.jsonl"))
     if begun and not saved.exists():
@@ -163,7 +171,6 @@ def open_folder(out: Path, settings: dict) -> None:
             f"{out} holds samples drawn with other settings: {'; '.join(changed)}. Take those, or "
             "another --out"
         )
-    make_folder(out)
     write_json(saved, settings)
     mend_samples(out)
 

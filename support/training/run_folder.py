@@ -1,11 +1,10 @@
-"""The folder of a run: its lock, its settings, its checkpoints, and what is cleared from it.
+"""The folder of a run: its settings, its checkpoints, and what is cleared from it.
 
 Rank 0 writes. A checkpoint is a PEFT adapter that loads anywhere, and the trainer's state; nothing
 in it is a pickle.
 """
 
 import atexit
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from torch import Tensor
 from support.shared.console import fail, first_line, say
 from support.shared.files import (
     json_lines,
+    lock,
     make_folder,
     read_json,
     write_beside,
@@ -66,24 +66,6 @@ def holds_a_run(out: Path) -> bool:
         if path.exists() and path.stat().st_size:
             return True
     return False
-
-
-_locks: dict[Path, int] = {}  # the folder's open descriptor, which holds the lock
-
-
-def lock(out: Path) -> None:
-    """One writer a folder, until this process ends, in whatever way."""
-    if out not in _locks:
-        _locks[out] = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is writing to {out}: wait for it, or take another --out")
-    except OSError:
-        say(
-            f"{out} is on a file system without locks: nothing keeps a second run from writing to "
-            "it"
-        )
 
 
 def adapter_shelf(out: Path, size: int) -> Path:
