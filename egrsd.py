@@ -188,7 +188,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     out = first.out or f"runs/{first.preset}"
     run = {}
     if first.resume:
-        run = run_folder.saved_settings(Path(out), names=vars(first))
+        run = run_folder.saved_settings(Path(out), vars(first), FREE_ON_RESUME)
     parser.set_defaults(**PRESETS[first.preset])
     parser.set_defaults(**run)
     # Of this start, not of the run.
@@ -993,6 +993,8 @@ def load_run(s: Settings) -> SimpleNamespace | None:
     base = models.load_base(s.model, run.device, s.attn, s.trust_remote_code)
     models.check_head(base, s.model, hidden_states)
     run.eos_ids = engines.end_tokens(base, run.tokenizer)
+    rows = {"--data": run.problems, "--eval_data": run.held_out}
+    run.fingerprints = run_folder.fingerprints(rows, s.model)
     run.model = add_adapter(base, s)
     run.optimizer = torch.optim.AdamW(
         trainable(run.model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0
@@ -1001,6 +1003,7 @@ def load_run(s: Settings) -> SimpleNamespace | None:
     run.start = 0
     run.position = 0  # rows of the data that the run has gone through
     if run.checkpoint:
+        run_folder.check_fingerprints(run.checkpoint, run.fingerprints)
         run.start, run.position, stats = run_folder.load_checkpoint(
             run.checkpoint,
             trainable(run.model),
@@ -1092,6 +1095,7 @@ def save_run(run: SimpleNamespace, step: int, s: Settings) -> None:
         run.position,
         run.stats.state_dict(),
         dataclasses.asdict(s),
+        run.fingerprints,
         parameters=trainable(run.model),
         optimizer=run.optimizer,
         others=teacher_state(run.model),

@@ -272,6 +272,7 @@ def evaluate(e: EvalSettings) -> None:
     processes.barrier()  # nobody reads before the file is whole
 
     done = samples.read_samples(out)
+    samples.refuse_other_samples(out, done, work)
     todo = [item for item in work if sample_key(item) not in done]
     if rank == 0 and todo:
         about = {**versions(), "engine": f"{engine} ({why})", "processes": world}

@@ -199,7 +199,7 @@ def whole_lines(path: Path) -> bytes:
 def read_samples(out: Path, everything: bool = False) -> dict[tuple, dict]:
     """key -> row of samples.jsonl; texts and token ids only if `everything` is asked for."""
     rows = {}
-    with (out / "samples.jsonl").open("a+", encoding="utf-8") as file:  # a+: there may be none yet
+    with (out / "samples.jsonl").open("a+b") as file:  # a+: there may be none yet
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:
@@ -208,12 +208,23 @@ def read_samples(out: Path, everything: bool = False) -> dict[tuple, dict]:
                     for key in BULKY:
                         row.pop(key, None)
                 rows.setdefault(sample_key(row), row)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 fail(
                     f"{out}/samples.jsonl: line {number} is damaged. Delete that line and run the "
                     "same command again"
                 )
     return rows
+
+
+def refuse_other_samples(out: Path, done: dict[tuple, dict], work: list[dict]) -> None:
+    """Samples with another seed or gold than those that are wanted were copied from elsewhere."""
+    for item in work:
+        row = done.get(sample_key(item), item)
+        if row.get("seed") != item["seed"] or row.get("gold") != item["gold"]:
+            fail(
+                f"{out}/samples.jsonl holds samples of other work, such as {sample_key(item)}: "
+                "another evaluation's file was copied here. Put its own back, or take another --out"
+            )
 
 
 def finish_sample(

@@ -56,11 +56,11 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     if default is not None and not path.exists():
         return default
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        fail(f"{path} is damaged ({first_line(error)})")
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path} is damaged ({first_line(error)}). Put a copy of it back, or delete it")
     if not isinstance(value, dict):
-        fail(f"{path} is damaged (no JSON object)")
+        fail(f"{path} is damaged (no JSON object). Put a copy of it back, or delete it")
     return value
 
 
