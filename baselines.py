@@ -66,6 +66,7 @@ from support.comparison import exposure
 from support.shared import data, models, processes
 from support.shared.console import fail
 from support.shared.options import check_rules, opt
+from support.training.check_data import check_data
 
 # --------------------------------------------------------------------------------------------------
 # Settings: those of egrsd.py, and what the other methods add
@@ -659,7 +660,11 @@ def learn_exposure(
 
 def train_method(argv: list[str]) -> None:
     """One whole run; the study calls it once for each of its own."""
-    train(parse_comparison(argv), use_method)
+    s = parse_comparison(argv)
+    if s.check_data:
+        check_data(dataclasses.asdict(s))
+    else:
+        train(s, use_method)
 
 
 if __name__ == "__main__":

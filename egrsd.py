@@ -69,6 +69,7 @@ from support.shared.files import read_json
 from support.shared.grading import Grade, grade_completions
 from support.shared.options import make_parser, opt
 from support.training import guards, journal, opening, run_folder, tensors
+from support.training.check_data import check_data
 from support.training.rules import find_broken_rule
 
 ROOT = Path(__file__).resolve().parent
@@ -146,6 +147,7 @@ class Settings:
     answer_column: str = opt("data", "Answer", "column with the answer for the reward")  # ours
     eval_data: str = opt("data", "", "held-out problems, answered before and after")  # ours
     eval_before: bool = opt("data", True, "answer them before training too")  # ours
+    check_data: bool = opt("data", False, "report on the data, and end: no model, no run")  # ours
     student_prompt: str = opt("data", STUDENT_PROMPT, "what the student is asked")  # D7
     teacher_prompt: str = opt("data", TEACHER_PROMPT, "what the teacher is asked")  # D7
     thinking: bool = opt("data", False, "both contexts in thinking mode, if there is one")  # D8
@@ -178,7 +180,7 @@ class Settings:
 # draws other completions from the same seed.)
 FREE_ON_RESUME = (
     "out resume overwrite steps save_every wandb attn gradient_checkpointing threads "
-    "micro_batch_tokens head_chunk engine rollout_tp"
+    "micro_batch_tokens head_chunk engine rollout_tp check_data"
 ).split()
 
 
@@ -197,10 +199,11 @@ def parse_settings(
     out = first.out or f"runs/{first.preset}"
     run = {}
     if first.resume:
-        run = run_folder.saved_settings(Path(out), names=vars(first))
+        run = run_folder.saved_settings(Path(out), vars(first), FREE_ON_RESUME)
     parser.set_defaults(**PRESETS[first.preset])
     parser.set_defaults(**run)
-    parser.set_defaults(resume=False, overwrite=False, wandb="")  # of this start, not of the run
+    # Of this start, not of the run.
+    parser.set_defaults(resume=False, overwrite=False, check_data=False, wandb="")
     given = parser.parse_args(argv)
     given.out = out
     fixed = {}
@@ -1002,7 +1005,8 @@ def set_up(s: Settings, method: Callable | None = None) -> SimpleNamespace | Non
         roll_out, accumulate_gradient, kept, figures    see train()
         journal, summary      log, curves and bar; what summary.json will say
         out, checkpoint       the folder; what it goes on from, or None
-        device, began, stopped    this rank's; when it began; signals that came
+        device, memory, began, stopped    this rank's; an estimate; when it began; signals that came
+        fingerprints    of data, model and tokenizer, so that --resume goes on with the same
     """
     run = load_run(s, method)
     if run is None:
@@ -1055,6 +1059,8 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
     base = models.load_base(s.model, run.device, s.attn, s.trust_remote_code)
     models.check_head(base, s.model, hidden_states)
     run.eos_ids = engines.end_tokens(base, run.tokenizer)
+    rows = {"--data": run.problems, "--eval_data": run.held_out}
+    run.fingerprints = run_folder.fingerprints(rows, s.model)
     run.model = add_adapter(base, s)
     run.optimizer = torch.optim.AdamW(
         trainable(run.model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0
@@ -1069,6 +1075,7 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
     run.start = 0
     run.position = 0
     if run.checkpoint:
+        run_folder.check_fingerprints(run.checkpoint, run.fingerprints)
         run.start, run.position, stats = run_folder.load_checkpoint(
             run.checkpoint,
             trainable(run.model),
@@ -1182,6 +1189,7 @@ def save_run(run: SimpleNamespace, step: int, s: Settings) -> None:
         run.position,
         run.stats.state_dict(),
         dataclasses.asdict(s),
+        run.fingerprints,
         parameters=trainable(run.model),
         optimizer=run.optimizer,
         others=run.kept,
@@ -1202,4 +1210,8 @@ def finish(run: SimpleNamespace, s: Settings) -> None:
 
 if __name__ == "__main__":
     with processes.ending_together():
-        train(parse_settings())
+        s = parse_settings()
+        if s.check_data:
+            check_data(dataclasses.asdict(s))
+        else:
+            train(s)

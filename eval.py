@@ -45,7 +45,7 @@ from support.evaluation import benchmarks as samples
 from support.evaluation.benchmarks import BENCHMARKS, FREE, sample_key
 from support.evaluation.compare import compare
 from support.evaluation.scores import report
-from support.shared import adapters, engines, models, processes
+from support.shared import adapters, engines, files, models, processes
 from support.shared.console import fail, progress, say, versions
 from support.shared.files import append_lines, json_lines, read_json, write_json, write_text
 from support.shared.options import check_rules, make_parser, opt
@@ -272,6 +272,7 @@ def evaluate(e: EvalSettings) -> None:
     processes.barrier()  # nobody reads before the file is whole
 
     done = samples.read_samples(out)
+    samples.refuse_other_samples(out, done, work)
     todo = [item for item in work if sample_key(item) not in done]
     if rank == 0 and todo:
         about = {**versions(), "engine": f"{engine} ({why})", "processes": world}
@@ -314,6 +315,8 @@ def sample_missing(
     group = rank // tp
     groups = world // tp
     path = Path(e.out) / (f"samples-{group}.jsonl" if group else "samples.jsonl")
+    if group and rank % tp == 0:
+        files.lock(path)  # rank 0 has the folder's
     generate_samples(
         todo[group::groups],
         done[group::groups],
@@ -426,6 +429,7 @@ def problem_of(row: dict) -> tuple[str, str, int]:
 
 def regrade(out: Path, grader: str) -> None:
     """Grade the saved samples again, with today's code and --grader."""
+    files.lock(out)
     samples.mend_samples(out)
     rows = list(samples.read_samples(out, everything=True).values())
     with progress(total=len(rows), desc="grade", unit="sample") as bar:

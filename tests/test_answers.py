@@ -18,6 +18,22 @@ TINY = ["--preset", "tiny", "--limit", "8", "--K", "3"]
 
 
 RIGHT = [  # (answer in the box, gold)
+    (r"\big(9, \tfrac72\big)", "(9, 3.5)"),
+    ("x < 58", r"(-\infty,58)"),
+    (r"x \geq 13", r"[13,\infty)"),
+    ("-1<x\\le2", "(-1,2]"),
+    ("6 > x > -21", "-21<x<6"),
+    (r"46\degree", r"46^{\circ}"),
+    (r"0.\overline{3}", r"\frac13"),
+    (r"2.1\overline{36}", r"\frac{47}{22}"),
+    ("2√3", r"2\sqrt{3}"),
+    ("1½", "1.5"),
+    (r"\varnothing", r"\emptyset"),
+    (r"\sin 30^\circ", "0.5"),
+    (r"\binom{62}{4}", r"\frac{62!}{58! 4!}"),
+    ("52", "52_8"),
+    (r"5\text{ cm}", "5"),
+    (r"5 \text{ square feet}", r"5\mathrm{~ft}^2"),
     ("-5i+6", "6 - 5i"),
     (r"1+i\sqrt{3}", r"1+\sqrt{3} i"),
     (r"\frac{37m}{4}", r"\frac{37}{4} m"),
@@ -122,6 +138,15 @@ RIGHT = [  # (answer in the box, gold)
     ("m+n = 50+23 = 73", "73"),
 ]
 WRONG = [
+    (r"\frac{62!}{4! 58!}", r"\frac{61!}{4! 57!}"),
+    ("52_9", "52_8"),
+    ("49_9", "49_8"),
+    (r"5 \text{ cm}", r"5 \text{ km}"),
+    (r"5 \text{ cm}^2", r"5 \text{ cm}^3"),
+    (r"0.\overline{3}", "0.3"),
+    ("x > 3", r"[3,\infty)"),
+    ("6 > x > -21", "-21<x<7"),
+    (r"\sin 30^\circ", r"\sin 30"),
     ("6+5i", "6 - 5i"),
     (r"\frac{37}{4}", r"\frac{37}{4} m"),
     (r"\frac{1}{m}", r"\frac{1}{m} t"),

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, tiny_settings
 
+import egrsd
+from faults import bad_rows
+from support.shared import console
 from support.shared.data import load_problems
 
 COLUMNS = {"problem": "problem", "solution": "solution", "answer": "answer"}
@@ -64,7 +68,7 @@ def test_other_encodings_are_named_with_their_line(encoding, tmp_path) -> None:
 def test_a_lone_surrogate_is_refused(tmp_path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({**GOOD, "problem": "\ud800"}) + "\n")
-    with pytest.raises(SystemExit, match="cannot be read"):
+    with pytest.raises(SystemExit, match="row 0: the problem is .*lone surrogate"):
         load_problems(str(path), COLUMNS)
 
 
@@ -78,3 +82,28 @@ def test_a_megabyte_in_a_field_and_odd_characters_pass_unchanged(tmp_path) -> No
     odd = "x" * 1_000_000 + " \u202e\u0301 <|im_end|> {solution} \\boxed{1}"
     path = write(tmp_path / "data.jsonl", {**GOOD, "problem": odd})
     assert load_problems(path, COLUMNS)[0]["problem"] == odd
+
+
+def test_a_thousand_malformed_rows_end_as_documented() -> None:
+    cases, wrong = bad_rows.try_all(1000, seed=0)
+    assert not wrong, wrong
+    assert sum(cases.values()) == 1000 and len(cases) >= 30
+    told = (ROOT / "docs" / "faults.md").read_text()
+    assert not [kind for kind in cases if kind not in told]
+
+
+def test_a_row_that_is_too_long_is_skipped_by_number_and_an_escape_code_is_inert(
+    tokenizer, tmp_path, capsys
+) -> None:
+    path = write(tmp_path / "data.jsonl", GOOD, {**GOOD, "solution": "1 " * 500_000})
+    s = tiny_settings("--batch_size", 1)
+    rows = load_problems(path, COLUMNS)
+    seen = []
+    for position in range(2):
+        batch, _, skipped = egrsd.next_problems(rows, tokenizer, s, position)
+        seen += [row["id"] for row in batch] + skipped
+    assert set(seen) == {"0", "1"} and seen.count("0") == 2
+    console.say("skipped problem \x1b[2J\r\u202e, which \ud800 ")
+    assert capsys.readouterr().out == "skipped problem \\x1b[2J\\r\\u202e, which \\ud800 \n"
+    with pytest.raises(SystemExit, match=r"\\x1b\[31m"):
+        console.fail("\x1b[31m")

@@ -183,8 +183,9 @@ def evaluate_file(folder: Path, name: str, *argv: str) -> str:
             "no id twice",
         ),
         ([], "0 rows"),
-        (["{not json"], "cannot be read .JSONDecodeError"),
-        (["[1, 2]"], "cannot be read .AttributeError"),
+        ([{"problem": "p", "answer": ["1"]}], r"row 0: the answer is \['1'\], not text"),
+        (["{not json"], "line 1 cannot be read .no JSON"),
+        (["[1, 2]"], r"row 0 is '1', no object"),
     ],
 )
 def test_bad_data(rows: list, sentence: str, tmp_path: Path) -> None:

@@ -85,3 +85,24 @@ def test_grading_processes_end_with_a_killed_parent(tmp_path) -> None:
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert pids and not any(alive(pid) for pid in pids)
+
+
+def test_time_limits_count_what_is_computed_and_not_what_others_compute_meanwhile() -> None:
+    script = """
+import signal, time
+from support.shared.grading import count_processor_time
+def late(*_):
+    raise TimeoutError
+signal.signal(signal.SIGALRM, late)
+count_processor_time()
+signal.alarm(1)
+time.sleep(1.2)
+print("slept")
+try:
+    while True:
+        pass
+except TimeoutError:
+    print("late")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["slept", "late"], done.stderr

@@ -18,7 +18,8 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 def sources() -> list[Path]:
     """Every Python file but the tests."""
     files = [*ROOT.glob("*.py"), *(ROOT / "support").rglob("*.py"), *(ROOT / "tiny").glob("*.py")]
-    files += [*(ROOT / ".ci").glob("*.py"), *(ROOT / "bench").glob("*.py")]
+    for folder in (".ci", "bench", "faults"):
+        files += (ROOT / folder).glob("*.py")
     return sorted(path for path in files if not path.name.startswith("test_"))
 
 

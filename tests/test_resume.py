@@ -279,7 +279,7 @@ def test_an_output_folder_that_cannot_be_made_and_a_missing_gpu_are_said_at_once
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path) -> None:
     model, s = fresh_model("--out", tmp_path)
     optimizer, stats = torch.optim.AdamW(egrsd.trainable(model).values()), RewardStats()
-    state = stats.state_dict(), dataclasses.asdict(s)
+    state = stats.state_dict(), dataclasses.asdict(s), {}
     parts = {"parameters": egrsd.trainable(model), "optimizer": optimizer, "others": {}}
     parts["save_student"] = functools.partial(egrsd.save_student, model)
     run_folder.save_checkpoint(tmp_path, 1, 8, *state, **parts)

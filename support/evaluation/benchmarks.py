@@ -8,9 +8,10 @@ from pathlib import Path
 from support.shared.console import ROOT, fail
 from support.shared.data import encode_prompt, fill, read_completion
 from support.shared.engines import rollout_seed
-from support.shared.files import make_folder, read_json, write_json
+from support.shared.files import lock, make_folder, read_json, unlock, write_json
 from support.shared.grading import grade_completions
 from support.shared.processes import first_rank_first
+from support.shared.rows import as_id, as_text, read_rows
 
 BENCHMARKS = {  # name: hub id, config, split
     "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
@@ -39,7 +40,10 @@ def load_benchmark(name: str, data_dir: str, limit: int) -> list[dict[str, str]]
         split = None
     problems = []
     for number, row in enumerate(read_table(name, source, config, split)):
-        problems.append(as_problem(row, number))
+        try:
+            problems.append(as_problem(row, number))
+        except ValueError as error:
+            fail(f"{name}: {source}, row {number}: {error}. Write it out as one string")
     ids = set()
     bad = []
     for p in problems:
@@ -56,18 +60,15 @@ def load_benchmark(name: str, data_dir: str, limit: int) -> list[dict[str, str]]
 
 
 def read_table(name: str, source: str, config: str | None, split: str | None) -> list[dict]:
-    """Rows of a hub data set, or of a local file where there is no split; values are text."""
+    """Rows of a hub data set, or of a local file where there is no split."""
     # Outside of the try: when rank 0 has failed, its siblings' wait ends with an exception.
     with first_rank_first():
+        if not split:
+            return read_rows(Path(source), f"{name}:")
         try:
-            if split:
-                import datasets
+            import datasets
 
-                raw = list(datasets.load_dataset(source, config, split=split))
-            else:
-                lines = Path(source).read_text("utf-8").split("\n")
-                raw = [json.loads(line) for line in lines if line.strip()]
-            return [as_text(row) for row in raw]
+            return list(datasets.load_dataset(source, config, split=split))
         except Exception as error:  # of a dozen types; each means that there is nothing to evaluate
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             fail(
@@ -76,20 +77,28 @@ def read_table(name: str, source: str, config: str | None, split: str | None) ->
             )
 
 
-def as_text(row: dict) -> dict[str, str]:
-    return {key.lower(): "" if value is None else str(value).strip() for key, value in row.items()}
+def as_problem(raw: dict, number: int) -> dict[str, str]:
+    """Data sets differ in their columns, and GSM8K's answers end "... #### 1,234".
 
-
-def as_problem(row: dict[str, str], number: int) -> dict[str, str]:
-    """Data sets differ in their columns, and GSM8K's answers end "... #### 1,234"."""
-    worked, mark, gold = row.get("answer", "").rpartition("####")
+    A ValueError says which of its cells is no text.
+    """
+    row = {}
+    cells = {key.lower(): value for key, value in raw.items()}
+    for key in ("problem", "question", "answer", "solution"):
+        try:
+            row[key] = as_text(cells.get(key))
+        except ValueError as error:
+            raise ValueError(f"the {key} is {cells[key]!r:.40}, {error}") from error
+    worked, mark, gold = row["answer"].rpartition("####")
     if mark:
         gold = re.sub(r"(?<=\d),(?=\d{3})", "", gold).strip()
+    labels = [cells.get(key) for key in ("id", "unique_id", "problem_idx")]
+    label = next((value for value in labels if value not in (None, "")), None)
     return {
-        "id": row.get("id") or row.get("unique_id") or row.get("problem_idx") or str(number),
-        "problem": row.get("problem") or row.get("question", ""),
+        "id": as_id(label, number),
+        "problem": row["problem"] or row["question"],
         "answer": gold,
-        "solution": row.get("solution") or worked,
+        "solution": row["solution"] or worked,
     }
 
 
@@ -136,7 +145,15 @@ def sample_key(row: dict) -> tuple[str, str, int, int]:
 
 
 def open_folder(out: Path, settings: dict) -> None:
-    """Refuse to mix samples drawn under different settings; leave whole lines only."""
+    """Refuse to mix samples drawn under different settings; leave whole lines only.
+
+    The folder is this process's until it ends, as a run's is.
+    """
+    make_folder(out)
+    lock(out)
+    for path in out.glob("samples-*.jsonl"):  # of a rank that outlived its first one
+        lock(path)
+        unlock(path)
     saved = out / "settings.json"
     begun = any(path.stat().st_size for path in out.glob("samples*.jsonl"))
     if begun and not saved.exists():
@@ -154,7 +171,6 @@ def open_folder(out: Path, settings: dict) -> None:
             f"{out} holds samples drawn with other settings: {'; '.join(changed)}. Take those, or "
             "another --out"
         )
-    make_folder(out)
     write_json(saved, settings)
     mend_samples(out)
 
@@ -183,7 +199,7 @@ def whole_lines(path: Path) -> bytes:
 def read_samples(out: Path, everything: bool = False) -> dict[tuple, dict]:
     """key -> row of samples.jsonl; texts and token ids only if `everything` is asked for."""
     rows = {}
-    with (out / "samples.jsonl").open("a+", encoding="utf-8") as file:  # a+: there may be none yet
+    with (out / "samples.jsonl").open("a+b") as file:  # a+: there may be none yet
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:
@@ -192,12 +208,23 @@ def read_samples(out: Path, everything: bool = False) -> dict[tuple, dict]:
                     for key in BULKY:
                         row.pop(key, None)
                 rows.setdefault(sample_key(row), row)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 fail(
                     f"{out}/samples.jsonl: line {number} is damaged. Delete that line and run the "
                     "same command again"
                 )
     return rows
+
+
+def refuse_other_samples(out: Path, done: dict[tuple, dict], work: list[dict]) -> None:
+    """Samples with another seed or gold than those that are wanted were copied from elsewhere."""
+    for item in work:
+        row = done.get(sample_key(item), item)
+        if row.get("seed") != item["seed"] or row.get("gold") != item["gold"]:
+            fail(
+                f"{out}/samples.jsonl holds samples of other work, such as {sample_key(item)}: "
+                "another evaluation's file was copied here. Put its own back, or take another --out"
+            )
 
 
 def finish_sample(

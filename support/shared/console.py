@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -16,7 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]  # the repository
 
 def fail(sentence: str) -> NoReturn:
     """End the program with a sentence that says what is wrong and what to do."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {sentence}")
+    raise SystemExit(inert(f"{Path(sys.argv[0]).name}: {sentence}"))
+
+
+# What moves a cursor, changes a colour, turns the reading direction or cannot be encoded.
+_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def inert(text: str) -> str:
+    """Text of a model or of a file as a terminal may have it: control characters as escapes."""
+    return _ACTIVE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def first_line(error: Exception) -> str:
@@ -36,7 +46,7 @@ def say(text: str) -> None:
     from tqdm import tqdm
 
     if rank_and_world()[0] == 0:
-        tqdm.write(text)
+        tqdm.write(inert(text))
 
 
 def installed(package: str) -> bool:

@@ -1,15 +1,13 @@
 """Problems and prompts: a data set becomes rows, a row becomes the token ids of a prompt."""
 
-import datetime
-import decimal
 import functools
-import math
 import random
 import re
 from pathlib import Path
 
 from support.shared.console import fail, first_line
 from support.shared.processes import first_rank_first
+from support.shared.rows import as_id, as_text, read_rows
 
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -22,97 +20,82 @@ def load_problems(
     `columns` names the column of each field; `option` is what the sentences blame.
     Exits with a sentence if there is no such data, a column is absent or a value is empty.
     """
-    table = load_table(source, split, option)
+    names, table = load_table(source, split, option)
     column = {}
     for field, wanted in columns.items():
-        column[field] = find_column(table.column_names, wanted)
+        column[field] = find_column(names, wanted)
         if not column[field]:
-            there = ", ".join(table.column_names) or "none"
+            there = ", ".join(names) or "none"
             fail(
                 f"{option} {source} has no column {wanted!r}; it has {there}. Name the right one "
                 f"with --{field}_column (of --data and of --eval_data; --eval_data= does without)"
             )
     rows = []
     for number, raw in enumerate(table):
-        row = {"id": str(raw.get("id", number))}
+        row = {"id": as_id(raw.get("id"), number)}
         for field, name in column.items():
-            row[field] = as_text(raw[name])
-            if row[field] is None:
+            try:
+                row[field] = as_text(raw.get(name))
+            except ValueError as error:
                 fail(
-                    f"{option} {source}, row {number}: the {field} is {raw[name]!r:.40}, not text. "
+                    f"{option} {source}, row {number}: the {field} is {raw[name]!r:.40}, {error}. "
                     f"Write it out as one string, or name another column with --{field}_column"
                 )
         rows.append(row)
-    if not rows:
-        fail(f"{option} {source} is empty")
     for field in column:
-        empty = [row["id"] for row in rows if not row[field]]
+        empty = []
+        for number, row in enumerate(rows):
+            if not row[field]:
+                empty.append(f"row {number}, id {row['id']:.40}")
         if empty:
             fail(
                 f"{option} {source}: {len(empty)} of {len(rows)} rows have an empty {field} (the "
-                f"first: {', '.join(empty[:5])}). The teacher needs a solution and the reward an "
+                f"first: {'; '.join(empty[:5])}). The teacher needs a solution and the reward an "
                 "answer: remove these rows"
             )
     return rows
 
 
-def as_text(value: object) -> str | None:
-    """A cell as text, "" where nothing in it can be seen; None where it is neither text nor number.
+def load_table(source: str, split: str, option: str) -> tuple[list[str], list[dict]]:
+    """-> the names of the columns, and the rows, of a hub id or a local file."""
+    path = Path(source)
+    kind = KINDS.get(path.suffix.lower())
+    if path.is_dir():
+        fail(f"{option} {source} is a folder: name the file in it")
+    if path.is_file() and not kind:
+        fail(f"{option} {source} is no .json, .jsonl or .parquet file")
+    if kind and not path.is_file():
+        fail(f"{option} {source}: there is no such file")
+    # Outside of the try: when rank 0 has failed, its siblings' wait ends with an exception.
+    with first_rank_first():
+        if kind == "json":
+            rows = read_rows(path, option)
+        else:
+            rows = load_dataset(source, split, kind, option)
+    if not rows:
+        fail(f"{option} {source} is empty")
+    names = {}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    return list(names), rows
 
-    The Python text of a list or an object would be asked, or graded against, without a word.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if not isinstance(value, (str, int, float, datetime.date, decimal.Decimal)):
-        return None
-    text = str(value).strip()
-    return text if any(c.isprintable() and not c.isspace() for c in text) else ""
 
-
-def load_table(source: str, split: str, option: str):
-    """The `datasets` table of a hub id or a local file."""
+def load_dataset(source: str, split: str, kind: str | None, option: str) -> list[dict]:
+    """The rows of a hub id or a Parquet file."""
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(source)
-    kind = KINDS.get(path.suffix.lower())
-    if path.is_file() and not kind:
-        fail(f"{option} {source} is no .json, .jsonl or .parquet file")
-    if path.is_dir():
-        fail(f"{option} {source} is a folder: name the file in it")
-    if path.is_file() and not path.stat().st_size:
-        fail(f"{option} {source} is empty")
-    if path.is_file() and kind == "json":
-        refuse_other_encodings(path, option)
-    if kind and not path.is_file():
-        fail(f"{option} {source}: there is no such file")
     where = {"path": source, "split": split}
     if kind:
         where = {"path": kind, "data_files": source, "split": "train"}
-    # Outside of the try: when rank 0 has failed, its siblings' wait ends with an exception.
-    with first_rank_first():
-        try:
-            return datasets.load_dataset(**where)
-        except Exception as error:  # of a dozen types; each means that there is nothing to train on
-            if "corresponds to no data" in str(error):
-                fail(f"{option} {source} is empty")
-            cause = error.__cause__ or error
-            fail(
-                f"{option} {source} cannot be read ({type(cause).__name__}: {first_line(cause)}). "
-                "It takes a hub id, or a .json, .jsonl or .parquet file with one problem a row"
-            )
-
-
-def refuse_other_encodings(path: Path, option: str) -> None:
-    """JSON is UTF-8; the reader's own error comes late, and names no line."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                fail(f"{option} {path}, line {number} is not UTF-8: save the file as UTF-8")
+    try:
+        return list(datasets.load_dataset(**where))
+    except Exception as error:  # of a dozen types; each means that there is nothing to train on
+        cause = error.__cause__ or error
+        fail(
+            f"{option} {source} cannot be read ({type(cause).__name__}: {first_line(cause)}). "
+            "It takes a hub id, or a .json, .jsonl or .parquet file with one problem a row"
+        )
 
 
 def find_column(names: list[str], wanted: str) -> str | None:

@@ -1,11 +1,13 @@
 """Files: whoever looks finds the old one or the new one, whole."""
 
 import contextlib
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from support.shared.console import fail, first_line
+from support.shared.console import fail, first_line, say
 
 
 def make_folder(path: Path) -> None:
@@ -13,6 +15,27 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {path} cannot be made ({error.strerror}); name a folder that can be written")
+
+
+_locks: dict[Path, int] = {}  # the open descriptor, which holds the lock
+
+
+def lock(path: Path) -> None:
+    """One writer of a folder, or of a file that is made for it, until this process ends."""
+    if path not in _locks:
+        how = os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT
+        with writing(path):
+            _locks[path] = os.open(path, how)
+    try:
+        fcntl.flock(_locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is writing to {path}: wait for it, or take another --out")
+    except OSError:
+        say(f"{path} is on a file system without locks: nothing keeps a second process from it")
+
+
+def unlock(path: Path) -> None:
+    os.close(_locks.pop(path))
 
 
 @contextlib.contextmanager
@@ -33,11 +56,11 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     if default is not None and not path.exists():
         return default
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        fail(f"{path} is damaged ({first_line(error)})")
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path} is damaged ({first_line(error)}). Put a copy of it back, or delete it")
     if not isinstance(value, dict):
-        fail(f"{path} is damaged (no JSON object)")
+        fail(f"{path} is damaged (no JSON object). Put a copy of it back, or delete it")
     return value
 
 

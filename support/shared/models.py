@@ -76,6 +76,19 @@ def load_base(
     return base.eval().requires_grad_(False)
 
 
+def model_files(model: str) -> list[Path]:
+    """The files that a model and its tokenizer were loaded from."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, allow_patterns=WANTED, local_files_only=True))
+    files = []
+    for pattern in WANTED:
+        files += folder.glob(pattern)
+    return sorted(files)
+
+
 def load_skeleton(model: str, trust_remote_code: bool = False):
     """The model without weights: configuration, modules, shapes, end tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig

@@ -90,6 +90,7 @@ def rules_of_the_step(given: argparse.Namespace, world: int) -> list[Rule]:
     smallest = min(getattr(given, name) for name in SIZES)
     return [
         (smallest < 1, "sizes must be at least 1"),
+        (given.check_data and world > 1, "--check_data needs one process: python, not torchrun"),
         (
             given.batch_size % max(1, given.rollouts_per_prompt),
             f"--batch_size {given.batch_size} must be a multiple of --rollouts_per_prompt "

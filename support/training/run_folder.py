@@ -1,11 +1,11 @@
-"""The folder of a run: its lock, its settings, its checkpoints, and what is cleared from it.
+"""The folder of a run: its settings, its checkpoints, and what is cleared from it.
 
 Rank 0 writes. A checkpoint is a PEFT adapter that loads anywhere, and the trainer's state; nothing
 in it is a pickle.
 """
 
 import atexit
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -17,32 +17,54 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from support.shared.adapters import fingerprint
 from support.shared.console import fail, first_line, say
 from support.shared.files import (
     json_lines,
+    lock,
     make_folder,
     read_json,
     write_beside,
     write_json,
     write_text,
 )
+from support.shared.models import model_files
 from support.shared.processes import barrier, gather, rank_and_world
+
+DATA_KEYS = ("id", "problem", "solution", "answer")
 
 # --------------------------------------------------------------------------------------------------
 # Taking and clearing the folder
 
 
-def saved_settings(out: Path, names: Iterable[str]) -> dict[str, object]:
-    """The settings of the run in `out`, as far as there are options of these names; {} for none."""
-    saved = read_json(out / "settings.json", {})
-    return {name: saved[name] for name in names if name in saved}
+def saved_settings(out: Path, names: Iterable[str], free: Iterable[str]) -> dict[str, object]:
+    """The settings of the run in `out`, as far as there are options of these names; {} for none.
+
+    Those that are not `free` to change are its last checkpoint's, whatever settings.json says.
+    """
+    path = out / "settings.json"
+    kept = {}
+    for folder in newest_first(out):
+        with contextlib.suppress(ValueError):
+            kept = read_state(folder)["settings"]
+            break
+    try:
+        saved = read_json(path, {})
+    except SystemExit as error:
+        if not kept:
+            raise
+        say(f"{error}: the settings are those of the last checkpoint")
+        saved = {}
+    fixed = {name: value for name, value in kept.items() if name not in free}
+    changed = [name for name, value in fixed.items() if saved.get(name, value) != value]
+    if changed:
+        say(f"{path} is not that of its checkpoint ({', '.join(changed)}): the checkpoint's count")
+    found = {**kept, **saved, **fixed}
+    return {name: found[name] for name in names if name in found}
 
 
 def open_run(out: Path, resume: bool, overwrite: bool, settings: dict) -> Path | None:
     """Take the run folder for this process. -> the checkpoint to go on from. Nothing is deleted."""
-    checkpoint = latest_checkpoint(out) if resume else None
-    if resume and not checkpoint:
-        say(f"--resume: {out} holds no checkpoint, so the run starts from the beginning")
     begun = holds_a_run(out)
     if begun and not resume and not overwrite:
         fail(
@@ -53,9 +75,40 @@ def open_run(out: Path, resume: bool, overwrite: bool, settings: dict) -> Path |
     if rank_and_world()[0] == 0:
         make_folder(out)
         lock(out)
-        if not begun:  # at once, so that --resume knows them wherever a kill strikes
-            write_json(out / "settings.json", settings)
+    checkpoint = whole_checkpoint(out) if resume else None
+    if resume and not checkpoint:
+        say(f"--resume: {out} holds no checkpoint, so the run starts from the beginning")
+    if rank_and_world()[0] == 0 and not begun:
+        # At once, so that --resume knows them wherever a kill strikes.
+        write_json(out / "settings.json", settings)
     return checkpoint
+
+
+def whole_checkpoint(out: Path) -> Path | None:
+    """The last checkpoint that is as it was written; what came after is put aside, and said."""
+    found = None
+    damaged = []
+    for folder in newest_first(out):
+        damage = find_damage(folder)
+        if not damage:
+            found = folder
+            break
+        damaged.append(folder)
+        say(f"{folder} IS DAMAGED: {damage}")
+    if damaged and not found:
+        fail(
+            f"{out} holds no checkpoint that is whole. Put a copy of one back, or delete "
+            f"{', '.join(path.name for path in damaged)}: --resume then starts over"
+        )
+    barrier()  # every rank has looked
+    if damaged and rank_and_world()[0] == 0:
+        for folder in damaged:
+            aside = folder.with_name(f"damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        say(f"it goes on from {found}, the one before; the others are now damaged_step_*")
+    barrier()
+    return found
 
 
 def holds_a_run(out: Path) -> bool:
@@ -66,24 +119,6 @@ def holds_a_run(out: Path) -> bool:
         if path.exists() and path.stat().st_size:
             return True
     return False
-
-
-_locks: dict[Path, int] = {}  # the folder's open descriptor, which holds the lock
-
-
-def lock(out: Path) -> None:
-    """One writer a folder, until this process ends, in whatever way."""
-    if out not in _locks:
-        _locks[out] = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is writing to {out}: wait for it, or take another --out")
-    except OSError:
-        say(
-            f"{out} is on a file system without locks: nothing keeps a second run from writing to "
-            "it"
-        )
 
 
 def adapter_shelf(out: Path, size: int) -> Path:
@@ -109,22 +144,25 @@ def clear_run(out: Path, checkpoint: Path | None, step: int, files: dict[str, st
     """
     if rank_and_world()[0] > 0:
         return []
+    # First: where a kill strikes after it, --resume takes the new settings, or, while there is a
+    # checkpoint of the old run, that one's.
+    for name, text in files.items():
+        write_text(out / name, text)
     if not checkpoint:
         hide_old_run(out)
     for path in out.glob(".step_*"):
         if re.fullmatch(r"\.step_\d+", path.name):
             shutil.rmtree(path)  # half-written ones too
     rows = []
-    for name in ("rollouts.jsonl", "log.jsonl"):
-        rows = rows_before(out / name, step)
+    for name, key in (("rollouts.jsonl", "completion_ids"), ("log.jsonl", "seconds")):
+        rows = rows_before(out / name, step, key)
         write_text(out / name, json_lines(rows))
-    if len(rows) < step:
-        say(
-            f"{out}/log.jsonl HAS ONLY {len(rows)} OF THE {step} STEPS of the checkpoint: somebody "
-            "shortened it"
-        )
-    for name, text in files.items():
-        write_text(out / name, text)
+        steps = len({row["step"] for row in rows})
+        if steps < step:
+            say(
+                f"{out}/{name} HAS ONLY {steps} OF THE {step} STEPS of the checkpoint: somebody "
+                "shortened it"
+            )
     return rows
 
 
@@ -138,23 +176,27 @@ def hide_old_run(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def rows_before(path: Path, step: int) -> list[dict]:
-    """The rows of earlier steps, without what came after the checkpoint or half a line."""
+def rows_before(path: Path, step: int, key: str) -> list[dict]:
+    """The rows of earlier steps, without what came after the checkpoint or half a line.
+
+    Each holds `key`: else it is a line of another file.
+    """
     rows = []
     if not path.exists():
         return rows
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
-            continue
-        try:
+    try:
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue
             row = json.loads(line)
+            row[key]
             if row["step"] < step:
                 rows.append(row)
-        except (ValueError, KeyError, TypeError) as error:
-            fail(
-                f"{path} is damaged: a line is no step ({first_line(error)}). Mend it, or start "
-                "anew with --overwrite"
-            )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        fail(
+            f"{path} is damaged: a line is no step ({first_line(error)}). Mend or delete it (the "
+            "run goes on without the steps before), or start anew with --overwrite"
+        )
     return rows
 
 
@@ -166,8 +208,102 @@ def checkpoints(out: Path) -> list[Path]:
     return [path for path in out.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
 
 
+def newest_first(out: Path) -> list[Path]:
+    return sorted(checkpoints(out), key=lambda path: int(path.name[5:]), reverse=True)
+
+
 def latest_checkpoint(out: Path) -> Path | None:
-    return max(checkpoints(out), key=lambda path: int(path.name[5:]), default=None)
+    return next(iter(newest_first(out)), None)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Of each file of a checkpoint but trainer.json, which holds them, and the model card."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in ("trainer.json", "README.md"):
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def read_state(folder: Path) -> dict:
+    """What trainer.json says of a checkpoint; a ValueError says why it cannot be believed."""
+    try:
+        state = json.loads((folder / "trainer.json").read_text("utf-8"))
+        for key in ("step", "position", "stats", "settings"):
+            state[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"trainer.json cannot be read ({first_line(error)})") from error
+    if state.get("sum", sum_of(state)) != sum_of(state):
+        raise ValueError("trainer.json is not as it was written")
+    if f"step_{state['step']}" != folder.name:
+        raise ValueError(f"its trainer.json is that of step {state['step']}")
+    return state
+
+
+def sum_of(state: dict) -> str:
+    text = json.dumps({**state, "sum": ""}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_damage(folder: Path) -> str:
+    """Which file of a checkpoint is not as it was written, "" for none."""
+    try:
+        written = read_state(folder).get("files", {})  # none in those of older versions
+        now = file_hashes(folder)
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    changed = [name for name, value in written.items() if now.get(name) != value]
+    return f"{', '.join(changed)} is not as it was written" if changed else ""
+
+
+TOKENIZER = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template).*|.*model"
+)
+
+
+def fingerprints(rows: dict[str, list[dict]], model: str) -> dict[str, str]:
+    """option or part -> hash: what a run is resumed with must be what it began with.
+
+    Of the weights, names, sizes and ends count: 16 GB are not read.
+    """
+    found = {}
+    for option, table in rows.items():
+        digest = hashlib.sha256()
+        for row in table:
+            digest.update(json.dumps([row[key] for key in DATA_KEYS]).encode())
+        found[f"the rows of {option}"] = digest.hexdigest()[:16]
+    config = hashlib.sha256()
+    tokenizer = hashlib.sha256()
+    weights = []
+    for path in model_files(model):
+        if path.suffix == ".safetensors":
+            weights.append(path)
+        elif path.name in ("config.json", "generation_config.json"):
+            config.update(path.read_bytes())
+        elif TOKENIZER.fullmatch(path.name):
+            tokenizer.update(path.read_bytes())
+    found["the model's config"] = config.hexdigest()[:16]
+    found["its tokenizer"] = tokenizer.hexdigest()[:16]
+    found["its weights"] = fingerprint(weights)
+    return found
+
+
+def check_fingerprints(checkpoint: Path, now: dict[str, str]) -> None:
+    """Refuse to go on with another data set, model or tokenizer under the same name."""
+    before = read_json(checkpoint / "trainer.json").get("fingerprints")
+    if before is None:
+        say(
+            f"{checkpoint} is of an older version, which kept no fingerprints: whether data, model "
+            "or tokenizer changed since could not be checked"
+        )
+        return
+    changed = [name for name, value in now.items() if before.get(name, value) != value]
+    if changed:
+        fail(
+            f"--resume: {', '.join(changed)} changed since {checkpoint} was written. Put back what "
+            "was there, or start a new run in another --out"
+        )
 
 
 def save_checkpoint(
@@ -176,6 +312,7 @@ def save_checkpoint(
     position: int,
     stats: dict[str, float],
     settings: dict,
+    fingerprints: dict[str, str],
     *,
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -200,6 +337,9 @@ def save_checkpoint(
                 tensors[f"{name}/{slot}"] = value
         save_file(tensors, folder / "trainer.safetensors")
         state = {"step": step, "position": position, "stats": stats, "settings": settings}
+        state["fingerprints"] = fingerprints
+        state["files"] = file_hashes(folder)
+        state["sum"] = sum_of(state)
         (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
 
     folder = out / f"step_{step}"
@@ -234,7 +374,7 @@ def load_checkpoint(
         torch.set_rng_state(tensors.pop("torch_random_state"))
         for name, value in others.items():
             value.copy_(tensors.pop(f"others/{name}"))
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         fail(
             f"{folder} is damaged ({first_line(error)}). Delete it: --resume goes on from the "
             "checkpoint before it"
