@@ -117,7 +117,14 @@ def run_killed(
     program: Callable, argv: list[str], log: Path, seconds: float, nproc: int = 1
 ) -> bool:
     """Killed after that long. -> was it still running?"""
-    return not wait(start(program, argv, log, nproc), seconds)
+    began = time.monotonic()
+    killed = not wait(start(program, argv, log, nproc), seconds)
+    if not killed:
+        lasted.append(time.monotonic() - began)
+    return killed
+
+
+lasted: list[float] = []  # runs that ended before their kill: a machine may become less busy
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -192,6 +199,7 @@ def kill_training(count: int, seed: int, folder: Path) -> tuple[collections.Coun
     number = 0
     while sum(struck.values()) < count:
         rng = random.Random(f"{seed}/train/{number}")
+        seconds = min([seconds, *lasted])
         number += 1
         how = rng.choice(["run", "run", "resume", "overwrite"])
         out = folder / f"run-{number}"
@@ -223,6 +231,7 @@ def kill_evaluation(
     count: int, seed: int, folder: Path, nproc: int
 ) -> tuple[collections.Counter, list[str]]:
     log = folder / f"log-{nproc}.txt"
+    lasted.clear()
     whole = folder / f"whole-{nproc}"
     seconds = run_through(ev.main, [*EVAL, "--out", str(whole)], log, nproc)
     wanted = what_an_evaluation_left(whole)
@@ -231,6 +240,7 @@ def kill_evaluation(
     number = 0
     while sum(struck.values()) < count:
         rng = random.Random(f"{seed}/eval {nproc}/{number}")
+        seconds = min([seconds, *lasted])
         number += 1
         out = folder / f"eval-{nproc}-{number}"
         argv = [*EVAL, "--out", str(out)]

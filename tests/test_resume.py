@@ -235,23 +235,24 @@ def test_a_damaged_line_of_the_log_and_settings_that_are_no_settings_are_named(
     (out / "log.jsonl").write_text("{oops\n" + (out / "log.jsonl").read_text())
     assert "log.jsonl is damaged" in run("--resume", "--steps", 8, "--out", out, code=1)
     (out / "settings.json").write_text("[]")
+    (out / "step_6").rename(tmp_path / "step_6")
+    for name in ("step_2", "step_4"):
+        shutil.rmtree(out / name)
     assert "settings.json is damaged" in run("--resume", "--out", out, code=1)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "settings.json",
-        "step_6/trainer.json",
-        "step_6/trainer.safetensors",
-        "step_6/adapter_model.safetensors",
-    ],
-)
-def test_a_damaged_file_is_named_where_a_run_is_resumed(name, uninterrupted, tmp_path) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_the_run_is_the_same(
+    uninterrupted, tmp_path
+) -> None:
     out = shutil.copytree(uninterrupted, tmp_path / "run")
-    (out / name).write_bytes((out / name).read_bytes()[:100])
-    output = run("--resume", "--steps", 8, "--out", out, code=1)
-    assert "is damaged" in output and Path(name).parts[0] in output and "Traceback" not in output
+    path = out / "step_6" / "trainer.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    (out / "settings.json").write_text("{")
+    output = run("--resume", "--out", out)
+    assert "settings.json is damaged" in output and "of the last checkpoint" in output
+    assert "step_6 IS DAMAGED: trainer.safetensors is not as it was written" in output
+    assert "goes on from" in output and (out / "damaged_step_6").is_dir()
+    assert_same_run(out, uninterrupted)
 
 
 def test_a_full_disk_in_the_middle_of_the_log_ends_with_a_sentence(tmp_path) -> None:
