@@ -178,13 +178,16 @@ def rates_table(rows: list[dict]) -> str:
 # Figures
 
 
-def looks(arms: list[str]) -> list[tuple[str, str, str]]:
-    """(arm, mark, color) of each; neighbours differ in both, and no two are the same."""
-    found = []
+Looks = dict[str, tuple[str, str]]
+
+
+def choose_looks(arms: list[str]) -> Looks:
+    """arm -> (mark, color), in all figures; neighbours differ in both, and no two are the same."""
+    looks = {}
     for k, arm in enumerate(arms):
         mark = MARKS[(k + k // len(COLORS)) % len(MARKS)]
-        found.append((arm, mark, COLORS[k % len(COLORS)]))
-    return found
+        looks[arm] = mark, COLORS[k % len(COLORS)]
+    return looks
 
 
 def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
@@ -203,7 +206,8 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
         mean, over_bases = interval(base_means(found))
         axis.errorbar(pairs, -y, xerr=over_pairs, fmt="o", color=COLORS[0], capsize=4)
         if over_bases is not None:
-            axis.errorbar(mean, -y - 0.25, xerr=over_bases, fmt="s", color=COLORS[1], ms=4, lw=1)
+            style = {"fmt": "s", "color": COLORS[1], "markersize": 4, "linewidth": 1}
+            axis.errorbar(mean, -y - 0.25, xerr=over_bases, **style)
     axis.plot([], [], "o-", color=COLORS[0], label="95 % over pairs of base and seed")
     axis.plot([], [], "s-", color=COLORS[1], label="95 % over bases", ms=4, lw=1)
     axis.axvline(0, color="#555555", lw=1)
@@ -214,12 +218,13 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
     save_figure(path, figure)
 
 
-def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
+def draw_frontier(path: Path, rows: list[dict], regime: str, looks: Looks) -> None:
     """Accuracy over length: a point an arm, 95 % bars, and the frontier that no arm beats."""
     figure, axes = canvas(1, 1, 7.5, 5)
     axis = axes[0, 0]
     points = []
-    for arm, mark, color in looks(different(rows, "arm")):
+    for arm in different(rows, "arm"):
+        mark, color = looks[arm]
         y, yerr = interval(column(where(rows, arm=arm), "accuracy"))
         x, xerr = interval(column(where(rows, arm=arm), "length"))
         style = {"fmt": mark, "color": color, "capsize": 2, "elinewidth": 0.8}
@@ -229,18 +234,21 @@ def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or y > best[-1][1]:
             best.append((x, y))
-    axis.plot(*zip(*best), color="#777777", lw=1, ls=":", drawstyle="steps-post", label="frontier")
+    if len(best) > 1:
+        style = {"color": "#777777", "lw": 1, "ls": ":", "drawstyle": "steps-post"}
+        axis.plot(*zip(*best), **style, label="frontier")
     axis.set(xlabel="mean length (tokens)", ylabel="held-out accuracy (%)")
     axis.set_title(f"regime {regime}: bars are 95 % over runs")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     save_figure(path, figure)
 
 
-def draw_curves(path: Path, curves: list[dict], regime: str) -> None:
+def draw_curves(path: Path, curves: list[dict], regime: str, looks: Looks) -> None:
     """Share of right rollouts while training: means over runs."""
     figure, axes = canvas(1, 1, 7.5, 4.5)
     axis = axes[0, 0]
-    for arm, mark, color in looks(different(curves, "arm")):
+    for arm in different(curves, "arm"):
+        mark, color = looks[arm]
         mine = where(curves, arm=arm)
         steps = different(mine, "step")
         means = []
@@ -294,6 +302,7 @@ def draw_properties(path: Path, rows: list[dict]) -> bool:
 def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> None:
     """Fill the page's blocks; what stands between them is written by hand and stays."""
     test = where(rows, split="test")
+    looks = choose_looks(different(test, "arm"))
     for regime in different(rows, "regime"):
         if ":" in regime:  # one property of the task changed: in draw_properties
             continue
@@ -306,9 +315,9 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
         fill(page, f"questions {regime}", questions_table(mine))
         fill(page, f"arms {regime}", arms_table(mine))
         draw_questions(results / f"questions-{regime}.png", mine, regime)
-        draw_frontier(results / f"frontier-{regime}.png", mine, regime)
+        draw_frontier(results / f"frontier-{regime}.png", mine, regime, looks)
         learning = where(curves, regime=regime, split="test")
-        draw_curves(results / f"curves-{regime}.png", learning, regime)
+        draw_curves(results / f"curves-{regime}.png", learning, regime, looks)
     draw_properties(results / "properties.png", test)
     hours = sum(column(rows, "seconds")) / 3600
     commits = ", ".join(sorted({*different(rows, "commit")} - {""}))
