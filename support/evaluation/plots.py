@@ -39,7 +39,7 @@ def draw_frontier(path: Path, points: list[dict]) -> None:
             markerfacecolor=color if i in best else "white",
         )
         colors.append(color)
-    axis.margins(0.2)
+    axis.margins(0.3, 0.2)
     axis.set(xlabel="mean length in tokens", ylabel="accuracy in %")
     axis.xaxis.set_major_formatter("{x:,g}")
     title = "filled: on the Pareto frontier; bars: one standard error"
@@ -50,8 +50,15 @@ def draw_frontier(path: Path, points: list[dict]) -> None:
 
 
 def write_labels(axis, labels: list[str], places: list[tuple], colors: list[str]) -> None:
-    """Each label takes the first place near its point where nothing stands yet."""
-    taken = []
+    """Each label takes the first place near its point, inside the axes, that is free."""
+    left, bottom, right, top = axis.bbox.extents
+    far = 1e6
+    taken = [
+        (-far, -far, left, far),
+        (right, -far, far, far),
+        (-far, -far, far, bottom),
+        (-far, top, far, far),
+    ]
     for x, y in axis.transData.transform(places):
         taken.append((x - 8, y - 8, x + 8, y + 8))
     offsets = []
