@@ -327,23 +327,19 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
     # A run keeps the log-probabilities of the policy that sampled: the student, if none is given.
     kept = bool(o.rollouts and not o.adapter)
     if kept and s.logit_temperature != 1:
-        fail(
-            "the run kept log-probabilities at temperature 1 and had another --logit_temperature: "
-            "give --adapter"
-        )
+        fail("the run kept log p at temperature 1, not at --logit_temperature: give --adapter")
     rows, flat, other_logp = run_passes(model, rows, kept, s)
     flat.update(gate_quantities(flat, s))
     np.savez(out / "tokens.npz", **{name: flat[name] for name in (*MEASURED, *DERIVED)})
     text = token_texts(tokenizer, np.unique(flat["token_id"]).tolist())
     student = "the policy that sampled them" if kept else o.adapter or "the base model"
+    source = o.rollouts or o.samples or f"sampled now, with the problems of {Path(s.data).name}"
     context = {
         "settings": dataclasses.asdict(s),
         "advantages": origin,
         "references": references,
         "note": o.note,
-        "source": o.rollouts
-        or o.samples
-        or f"sampled now, with the problems of {Path(s.data).name}",
+        "source": source,
         "model": s.model,
         "student": student,
         "control": control_of(rows, flat, other_logp, text, o.result_after),
@@ -395,12 +391,7 @@ def run_passes(
             logp_S = np.concatenate([row["engine_logps"] for row in batch])  # (N,)
         else:
             logp_S = score_completions(model, batch, "prompt_ids", s)[0].cpu().numpy()
-        H_max = H.max().item()
-        if not np.isfinite(H_max):
-            fail(
-                f"the teacher's entropies in batch {batch[0]['batch']} are not finite: the model "
-                "is broken"
-            )
+        H_max = highest(H, batch[0]["batch"])
         sizes = [len(row["completion_ids"]) for row in batch]
         numbers = np.arange(len(ordered), len(ordered) + len(batch))
         columns["rollout"].append(np.repeat(numbers, sizes))
@@ -417,6 +408,14 @@ def run_passes(
     for name, parts in columns.items():
         flat[name] = np.concatenate(parts).astype(MEASURED[name])
     return ordered, flat, np.concatenate(other)
+
+
+def highest(H: torch.Tensor, batch: object) -> float:
+    """The batch's highest entropy, in nats."""
+    H_max = H.max().item()
+    if not np.isfinite(H_max):
+        fail(f"the teacher's entropies in batch {batch} are not finite: the model is broken")
+    return H_max
 
 
 def gate_quantities(flat: dict[str, np.ndarray], s: Settings) -> dict[str, np.ndarray]:

@@ -65,12 +65,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from support.shared import console, data, engines, models, processes, sizes
-from support.shared.files import read_json
 from support.shared.grading import Grade, grade_completions
 from support.shared.options import make_parser, opt
-from support.training import guards, journal, opening, run_folder, tensors
-from support.training.check_data import check_data
-from support.training.rules import find_broken_rule
+from support.training import guards, journal, opening, rules, run_folder, tensors
 
 ROOT = Path(__file__).resolve().parent
 
@@ -209,7 +206,7 @@ def parse_settings(
     fixed = {}
     if run_folder.latest_checkpoint(Path(out)):
         fixed = {name: value for name, value in run.items() if name not in FREE_ON_RESUME}
-    sentence = find_broken_rule(given, fixed, world=processes.rank_and_world()[1])
+    sentence = rules.find_broken_rule(given, fixed, world=processes.rank_and_world()[1])
     if sentence:
         parser.error(sentence)
     return kind(**vars(given))
@@ -1084,7 +1081,7 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
             functools.partial(load_student, run.model),
         )
         run.stats.load_state_dict(stats)
-    run.summary = read_json(run.out / "summary.json", {}) if run.checkpoint else {}
+    run.summary = journal.read_summary(run.out) if run.checkpoint else {}
     evaluated = not run.held_out or run.summary.get("steps") == run.start
     if run.checkpoint and run.start >= s.steps and evaluated:
         console.say(
@@ -1212,6 +1209,8 @@ if __name__ == "__main__":
     with processes.ending_together():
         s = parse_settings()
         if s.check_data:
+            from support.training.check_data import check_data
+
             check_data(dataclasses.asdict(s))
         else:
             train(s)

@@ -262,9 +262,8 @@ def evaluate(e: EvalSettings) -> None:
     lora_rank = adapters.check_adapter(e.adapter, e.model, skeleton) if e.adapter else 0
     engine, why = engines.choose_engine(e.engine, device)
     tp = engines.tensor_parallel(e.tp, skeleton.config) if engine == "vllm" else 1
-    work = samples.work_list(
-        problems, tokenizer, e.student_prompt, e.thinking, e.K, e.aime24_runs, e.seed
-    )
+    asked = e.student_prompt, e.thinking, e.K, e.aime24_runs, e.seed
+    work = samples.work_list(problems, tokenizer, *asked)
     longest = max(len(item["prompt_ids"]) for item in work) + e.max_new
     refuse_too_long(longest, skeleton.config.max_position_embeddings, e)
     if rank == 0:
@@ -279,10 +278,8 @@ def evaluate(e: EvalSettings) -> None:
         write_json(out / "versions.json", about)
     processes.barrier()  # nobody writes before all have read
     if todo:
-        say(
-            f"--- first prompt ---\n{tokenizer.decode(work[0]['prompt_ids'])}\n--- {len(work)} "
-            f"samples, {len(done)} of them done; engine {engine} ({why}); output in {out} ---"
-        )
+        say(f"--- first prompt ---\n{tokenizer.decode(work[0]['prompt_ids'])}\n---")
+        say(f"{len(work)} samples, {len(done)} of them done; engine {engine} ({why}); in {out}")
         eos_ids = engines.end_tokens(skeleton, tokenizer)
         pair = open_engine(e, engine, tp, eos_ids, longest, lora_rank, device)
         sample_missing(e, engine, tp, pair, work, todo, list(done.values()), tokenizer, eos_ids)

@@ -71,6 +71,25 @@ def test_the_method_has_its_lecture() -> None:
     assert measure(ROOT / "egrsd.py")["comments"] >= 50
 
 
+def test_the_head_of_the_file_and_the_loop_fit_on_a_screen() -> None:
+    tree = ast.parse((ROOT / "egrsd.py").read_text())
+    names = []
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names += node.names
+        if isinstance(node, ast.FunctionDef) and node.name == "train":
+            loop = next(part for part in node.body if isinstance(part, ast.For))
+    assert len(names) < 30
+    assert loop.end_lineno - loop.lineno <= 45
+
+
+@pytest.mark.parametrize("name", ["eval.py", "diagnostics.py"])
+def test_functions_are_split_where_an_idea_ends(name) -> None:
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 40, node.name
+
+
 def test_support_knows_nothing_of_who_calls_it() -> None:
     for path in (ROOT / "support").rglob("*.py"):
         tree = ast.parse(path.read_text())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from support.shared.console import progress, say
-from support.shared.files import append_lines, write_json
+from support.shared.files import append_lines, read_json, write_json
 from support.shared.plots import canvas, log_scale, save_figure
 from support.shared.processes import rank_and_world, reduce_
 
@@ -209,6 +209,10 @@ def warn(row: dict, rollouts: list[dict], max_length: int) -> None:
             f"{row['unboxed']:.0%} without a boxed answer): try a longer --max_completion, "
             "--no-thinking, or easier problems"
         )
+
+
+def read_summary(out: Path) -> dict:
+    return read_json(out / "summary.json", {})
 
 
 def write_summary(
