@@ -314,11 +314,11 @@ def start_engine(
     def sample(prompts: list, seeds: list[int], **sampling) -> Iterable[engines.Completion]:
         # The `tp` ranks of one engine draw the same completions, and each keeps its part of them.
         rank, world = processes.rank_and_world()
-        rows = range(rank // tp, len(prompts), world // tp)
-        work = [prompts[i] for i in rows], [seeds[i] for i in rows]
+        share = range(rank // tp, len(prompts), world // tp)
+        work = [prompts[i] for i in share], [seeds[i] for i in share]
         for k, ids, logps in generate(*work, **sampling):
             if k % tp == rank % tp:
-                yield rows[k], ids, logps
+                yield share[k], ids, logps
 
     return sample, push
 
@@ -595,8 +595,8 @@ def completion_hidden(model, rollouts: list[dict], prompts: str) -> tuple[Tensor
     "teacher_prompt_ids" what the teacher sees. Prompts and pads never reach the head.
     """
     device = models.head_of(model).device
-    rows = [torch.tensor(r[prompts] + r["completion_ids"]) for r in rollouts]
-    ids = pad_sequence(rows, batch_first=True).to(device)  # (B, L)
+    sequences = [torch.tensor(r[prompts] + r["completion_ids"]) for r in rollouts]
+    ids = pad_sequence(sequences, batch_first=True).to(device)  # (B, L)
     hidden = hidden_states(model, ids)  # (B, L, d)
     kept = []
     targets = []
