@@ -6,7 +6,7 @@ r"""Make the embedded tiny default from nothing: a 1 MB Qwen3, its tokenizer and
     python egrsd.py --preset tiny --model DIR --data DIR/train.jsonl --eval_data DIR/test.jsonl \
         --max_completion 128 --lr 3e-4 --batch_size 32
 
-In 100 s on one core (h1, h2: 3 to 4 minutes); same seed and same machine give the same bytes.
+In 100 s on one core (h1, h2: about 4 minutes); same seed and same machine give the same bytes.
 
 The task: `Compute 1 #1 +6 #2 -3 .` is a chain of 2 to 4 distinct operations from +-1 .. +-6. True
 values stay within 0..9, wrong ones wrap modulo 10. A solution writes one step per operation and
@@ -38,6 +38,10 @@ validation.jsonl, to choose learning rates on, whose problems occur nowhere else
     h2      h1 with more and longer fillers, a teacher that looks away more often, and references
             that open with three words of style, which the teacher's fillers then repeat: a
             difference of the two contexts that has no consequence. For 160 and 8e-4
+Seeds 0, 1, 2 by measure.py, alone and with the reference (+- 0.5 to 1.6, one sample a problem):
+    h1      32.1, 36.1, 31.0 % at 60 tokens; 91.5, 97.7, 92.6 % at 51
+    h2      31.3, 34.5, 32.8 % at 74 tokens; 51.7, 88.7, 80.4 % at 51: how well a teacher has
+            learned to read depends on the seed, so measure it before a comparison
 All that differs between regimes is in Regime; each of its numbers is an option, too.
 """
 
