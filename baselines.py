@@ -366,9 +366,11 @@ def teaching(run: SimpleNamespace, s: ComparisonSettings, step: int) -> Iterator
     for name, p in trainable(run.model).items():
         student[name] = p.data
         p.data = run.kept[f"teacher/{name}"].to(p.device)
-    yield
-    for name, p in trainable(run.model).items():
-        p.data = student[name]
+    try:
+        yield
+    finally:
+        for name, p in trainable(run.model).items():
+            p.data = student[name]
 
 
 def advance_teacher(

@@ -42,7 +42,7 @@ why):
     D10  a problem that does not fit is skipped and named, never cut
     D11  AdamW, constant rate, no decay; float32 adapter, bfloat16 base; pushed, never merged
     D12  the last box after the final </think> is graded
-    D13  logits must be hidden @ W.T: another head is refused
+    D13  logits must be hidden @ head.T: another head is refused
     D14  diagnostics.py: the reference is the worked solution, else a right completion, else the
          bare answer
     D15  diagnostics.py: a "batch" is the training step, or else 32 completions
@@ -256,8 +256,9 @@ def next_problems(
 # Rollout: vLLM inside the training process (colocated), with the adapter of the moment
 #
 # The engine has a copy of the base weights, and after each step the adapter is pushed to it. It is
-# not merged into them: in bfloat16 a change of 5e-6 would round away in the sum, and in the base
-# itself rounding would add up. The float32 adapter that is trained loses nothing. [D11]
+# not merged into them: in bfloat16 a change of 5e-6 would round away in the sum, and what merging
+# and unmerging round would add up in the base. The copy that is pushed has the engine's dtype, to
+# which autocast rounds it in the passes too. The float32 adapter itself loses nothing. [D11]
 
 
 def roll_out(
