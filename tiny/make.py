@@ -6,7 +6,7 @@ r"""Make the embedded tiny default from nothing: a 1 MB Qwen3, its tokenizer and
     python egrsd.py --preset tiny --model DIR --data DIR/train.jsonl --eval_data DIR/test.jsonl \
         --max_completion 128 --lr 3e-4 --batch_size 32
 
-In two minutes on one core (h1, h2: about 4 minutes); same seed and same machine give the same bytes.
+In two minutes on one core (h1, h2: about 4). Same seed and same machine give the same bytes.
 
 The task: `Compute 1 #1 +6 #2 -3 .` is a chain of 2 to 4 distinct operations from +-1 .. +-6. True
 values stay within 0..9, wrong ones wrap modulo 10. A solution writes one step per operation and
