@@ -108,12 +108,15 @@ def plan(quick: bool, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, 
     for regime in ("h1", "h2"):
         yield from search_rates(regime)
         yield from every(regime, "012", "012345", ("none", *CORE), chosen)
-        yield from every(regime, "012", "012", OTHERS, chosen)
-        yield from every(regime, "012", "012", SWEEP, chosen)
+        if regime == "h1":
+            yield from every(regime, "012", "012", OTHERS, chosen)
+            yield from every(regime, "012", "012", SWEEP, chosen)
     for name, values in PROPERTIES.items():
         for value in values:
             regime = f"h2:{name}={value}"
             yield from every(regime, "0", "012", ("none", "reward", "rlsd", "egrsd"), chosen)
+    yield from every("h2", "012", "012", OTHERS, chosen)
+    yield from every("h2", "012", "012", SWEEP, chosen)
 
 
 def search_rates(regime: str) -> Iterator[dict[str, str]]:
