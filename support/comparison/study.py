@@ -97,7 +97,7 @@ CURVE = (*KEY, "step", "correct", "length")  # means of ten steps
 
 
 def plan(quick: bool, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, str]]:
-    """Runs in order: rates first, then the core, seed by seed, so that any beginning is balanced.
+    """Runs in order: what answers most comes first, seed by seed, so that any beginning is balanced.
 
     `chosen` is the learning rate of each (regime, tuned arm), as far as it is known.
     """
@@ -105,18 +105,19 @@ def plan(quick: bool, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, 
         for seed, arm in itertools.product("01", ("none", "reward", "rlsd", "egrsd", "cl-egrsd")):
             yield line("embedded", "0", arm, seed, "2e-3")
         return
-    for regime in ("h1", "h2"):
-        yield from search_rates(regime)
-        yield from every(regime, "012", "012345", ("none", *CORE), chosen)
-        if regime == "h1":
-            yield from every(regime, "012", "012", OTHERS, chosen)
-            yield from every(regime, "012", "012", SWEEP, chosen)
+    core = ("none", *CORE)
+    yield from search_rates("h1")
+    yield from every("h1", "012", "012345", core, chosen)
+    yield from every("h1", "012", "01", OTHERS, chosen)
+    yield from search_rates("h2")
+    yield from every("h2", "012", "012", core, chosen)
     for name, values in PROPERTIES.items():
         for value in values:
-            regime = f"h2:{name}={value}"
-            yield from every(regime, "0", "012", ("none", "reward", "rlsd", "egrsd"), chosen)
-    yield from every("h2", "012", "012", OTHERS, chosen)
-    yield from every("h2", "012", "012", SWEEP, chosen)
+            yield from every(f"h2:{name}={value}", "0", "012", ("none", "rlsd", "egrsd"), chosen)
+    yield from every("h1", "012", "01", SWEEP, chosen)
+    yield from every("h2", "012", "345", core, chosen)
+    yield from every("h1", "012", "2", {**OTHERS, **SWEEP}, chosen)
+    yield from every("h2", "012", "012", {**OTHERS, **SWEEP}, chosen)
 
 
 def search_rates(regime: str) -> Iterator[dict[str, str]]:
