@@ -97,7 +97,7 @@ CURVE = (*KEY, "step", "correct", "length")  # means of ten steps
 
 
 def plan(quick: bool, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, str]]:
-    """Runs in order: what answers most comes first, seed by seed, so that any beginning is balanced.
+    """Runs in order: what answers most comes first, and seed by seed, so that it may stop anywhere.
 
     `chosen` is the learning rate of each (regime, tuned arm), as far as it is known.
     """
