@@ -132,6 +132,7 @@ class Settings:
     )  # section 5.1
     attn: str = opt("model", "sdpa", "attention", "sdpa", "flash_attention_2", "eager")  # ours
     gradient_checkpointing: bool = opt("model", False, "less memory, slower")  # ours
+    shard: bool = opt("model", False, "frozen layers spread over a machine's GPUs")  # ours
     trust_remote_code: bool = opt("model", False, "run Python code that comes with it")  # ours
     threads: int = opt("model", 0, "CPU threads of torch, 0 = torch decides")  # ours
 
@@ -176,7 +177,7 @@ class Settings:
 # What --resume may change: how far and how fast a run goes, not what it computes. (Another engine
 # draws other completions from the same seed.)
 FREE_ON_RESUME = (
-    "out resume overwrite steps save_every wandb attn gradient_checkpointing threads "
+    "out resume overwrite steps save_every wandb attn gradient_checkpointing shard threads "
     "micro_batch_tokens head_chunk engine rollout_tp check_data"
 ).split()
 
@@ -307,7 +308,7 @@ def start_engine(
     if engine == "vllm":
         generate, push = start_colocated_vllm(s, model, eos_ids, device, tp)
     else:
-        generate = functools.partial(engines.hf_generate, model, eos_ids)
+        generate = functools.partial(engines.hf_generate, model, eos_ids, together=s.shard)
 
         def push() -> None:
             """transformers' generate runs the very model that is trained."""
@@ -610,7 +611,10 @@ def completion_hidden(model, rollouts: list[dict], prompts: str) -> tuple[Tensor
 
 
 def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[dict]]:
-    """Consecutive groups of at most `budget` padded tokens, but for a single longer row."""
+    """Consecutive groups of at most `budget` padded tokens, but for a single longer row.
+
+    As many on each rank, since the ranks of a sharded base go through its layers together.
+    """
     groups = []
     width = 0  # of the group's longest row
     for r in rollouts:
@@ -620,6 +624,12 @@ def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[
             groups.append([])
             width = length
         groups[-1].append(r)
+    most = processes.reduce_(torch.tensor(len(groups)), "MAX")
+    while len(groups) < min(most, len(rollouts)):
+        largest = max(groups, key=len)
+        i = groups.index(largest)
+        half = len(largest) // 2
+        groups[i : i + 1] = [largest[:half], largest[half:]]
     return groups
 
 
@@ -1054,8 +1064,7 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
     run.tokenizer = models.load_tokenizer(s.model, s.trust_remote_code)
     run.held_out = load_held_out(run.tokenizer, columns, s) if s.eval_data else []
 
-    base = models.load_base(s.model, run.device, s.attn, s.trust_remote_code)
-    models.check_head(base, s.model, hidden_states)
+    base = models.load_base(s.model, run.device, s.attn, s.trust_remote_code, s.shard)
     run.eos_ids = engines.end_tokens(base, run.tokenizer)
     rows = {"--data": run.problems, "--eval_data": run.held_out}
     run.fingerprints = run_folder.fingerprints(rows, s.model)
@@ -1070,6 +1079,9 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
     run.figures = {}
     if method:
         method(run, s)
+    if s.shard:
+        models.shard_layers(run.model, run.device)
+    models.check_head(run.model, s.model, hidden_states)
     run.start = 0
     run.position = 0
     if run.checkpoint:
@@ -1082,7 +1094,9 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
             functools.partial(load_student, run.model),
         )
         run.stats.load_state_dict(stats)
-    run.summary = journal.read_summary(run.out) if run.checkpoint else {}
+    run.summary = {}
+    if run.checkpoint:  # rank 0's: other machines need not have the file
+        run.summary = processes.gather([journal.read_summary(run.out)])[0]
     evaluated = not run.held_out or run.summary.get("steps") == run.start
     if run.checkpoint and run.start >= s.steps and evaluated:
         console.say(
@@ -1101,8 +1115,9 @@ def estimate_memory(s: Settings, device: torch.device) -> dict[str, float]:
         tp = engines.tensor_parallel(s.rollout_tp, skeleton.config)
     targets = models.layer_names(s.lora_targets)
     tokens = cache_tokens(s, max(tp, 1))
-    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, tp, tokens, VOCAB_TILE)
-    chosen = s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk
+    here = processes.ranks_here()
+    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, tp, tokens, VOCAB_TILE, here)
+    chosen = s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk, s.shard
     return opening.check_memory(estimate, *chosen, opening.free_memory(device))
 
 

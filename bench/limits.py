@@ -155,7 +155,8 @@ def estimator_of(name: str, gpus: int):
     tp = engines.tensor_parallel(0, skeleton.config)
     tokens = egrsd.cache_tokens(s, tp)
     device = torch.device("cuda")
-    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, tp, tokens, egrsd.VOCAB_TILE)
+    tile = egrsd.VOCAB_TILE
+    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, tp, tokens, tile, gpus)
     return sizes.sizes_of(skeleton, targets, s.lora_r), tp, estimate
 
 
@@ -165,6 +166,7 @@ def chosen_settings() -> dict[str, object]:
         "micro_batch_tokens": s.micro_batch_tokens,
         "checkpointing": s.gradient_checkpointing,
         "head_chunk": s.head_chunk,
+        "shard": s.shard,
     }
 
 

@@ -169,5 +169,10 @@ def test_engines_and_tensor_parallelism_are_chosen_and_explained(monkeypatch) ->
             == want
         )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    config = Qwen3Config(num_attention_heads=32, num_key_value_heads=8)
+    monkeypatch.setenv("WORLD_SIZE", "16")  # two machines share an engine if they are told to
+    assert engines.tensor_parallel(0, config) == 8
+    assert engines.tensor_parallel(16, config) == 16
+    monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(SystemExit, match="3 processes cannot share.* allow 1 or 2 or 4 or 8"):
         engines.tensor_parallel(3, Qwen3Config())

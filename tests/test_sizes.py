@@ -34,7 +34,8 @@ def estimate(engine_tp: int = 8, **config: object):
     model = skeleton(**(config or QWEN3_8B))
     gpu = torch.device("cuda", 0)
     tokens = 65_536
-    return sizes.estimator(model, gpu, TARGETS, 64, engine_tp, tokens, egrsd.VOCAB_TILE)
+    tile = egrsd.VOCAB_TILE
+    return sizes.estimator(model, gpu, TARGETS, 64, engine_tp, tokens, tile, gpus=8)
 
 
 def test_sizes_of_qwen3_8b_are_those_of_the_model_card() -> None:
@@ -63,7 +64,7 @@ def test_activations_are_what_autograd_keeps(targets) -> None:
 
 
 def test_checkpointing_keeps_the_inputs_of_the_layers_and_one_layer() -> None:
-    at = functools.partial(estimate(), 4_096, head_chunk=4_096)
+    at = functools.partial(estimate(), 4_096, head_chunk=4_096, shard=False)
     without, with_it = at(checkpointing=False), at(checkpointing=True)
     inputs = 36 * 2 * 4096 * 4096 / 2**30
     one_layer = without["activations"] / 36
@@ -79,7 +80,8 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_and_one_layer() -> None:
 
 
 def check(free: float, **options: object) -> dict[str, float]:
-    chosen = {"micro_batch_tokens": 4_096, "checkpointing": False, "head_chunk": 4_096, **options}
+    chosen = {"micro_batch_tokens": 4_096, "checkpointing": False, "head_chunk": 4_096}
+    chosen.update(shard=False, **options)
     return opening.check_memory(estimate(), **chosen, free=free)
 
 
@@ -93,12 +95,25 @@ def test_what_cannot_fit_is_refused_with_what_makes_it_fit(capsys) -> None:
         check(memory["sum"] - 1)
     with pytest.raises(SystemExit, match="This makes it fit: --gradient_checkpointing$"):
         check(31.5)
+    with pytest.raises(SystemExit, match="This makes it fit: --shard --gradient_checkpointing$"):
+        check(19.0)
     with pytest.raises(SystemExit, match="No option makes it fit: take larger GPUs"):
-        check(15.0)
+        check(10.0)
     assert check(31.5, checkpointing=True)["sum"] < 31.5 - opening.SPARE
 
 
+def test_a_sharded_base_is_its_part_of_the_layers_two_whole_ones_and_the_rest() -> None:
+    at = functools.partial(estimate(), 4_096, False, 4_096)
+    layer = 4096 * (4096 * 2 + 1024 * 2 + 3 * 12288) + 2 * 4096 + 2 * 128
+    rest = 2 * 151_936 * 4096 + 4096
+    assert at(False)["base"] == pytest.approx(2 * (36 * layer + rest) / 2**30, abs=0.01)
+    assert at(True)["base"] == pytest.approx(
+        2 * (36 / 8 * layer + 2 * layer + rest) / 2**30, abs=0.01
+    )
+
+
 def test_every_way_that_is_named_is_made_of_options_that_exist(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
     for way in opening.WAYS_TO_FIT:
         egrsd.parse_settings(way.split())
 

@@ -11,7 +11,6 @@ temperature 1, whatever the sampling.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from support.shared.console import fail, installed
 from support.shared.models import autocast
+from support.shared.processes import rank_and_world, ranks_here, reduce_
 
 Completion = tuple[int, list[int], list[float]]
 Generate = Callable[..., Iterator[Completion]]
@@ -45,22 +45,26 @@ def tensor_parallel(wanted: int, config) -> int:
     """Ranks that share one engine; 0: the largest divisor of this machine's that the heads allow.
 
     Decoding a few sequences is bound by reading the weights, of which each of the ranks then reads
-    only its part.
+    only its part. More than one machine's ranks share an engine only where that is asked for.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = ranks_here()
+    machines = rank_and_world()[1] // here
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads
+    possible = [n for n in range(1, here + 1) if here % n == 0]
+    possible += [n * here for n in range(2, machines + 1) if machines % n == 0]
     fits = []
-    for n in range(1, here + 1):
+    for n in possible:
         shares_kv = kv_heads % n == 0 or n % kv_heads == 0
-        if here % n == 0 and heads % n == 0 and shares_kv:
+        if heads % n == 0 and shares_kv:
             fits.append(n)
     if wanted and wanted not in fits:
+        of_others = f", {machines} machines" if machines > 1 else ""
         fail(
-            f"{wanted} processes cannot share one vLLM engine: the {here} of this machine and the "
-            f"model's heads allow {' or '.join(map(str, fits))}"
+            f"{wanted} processes cannot share one vLLM engine: the {here} of this machine"
+            f"{of_others} and the model's heads allow {' or '.join(map(str, fits))}"
         )
-    return wanted or max(fits)
+    return wanted or max(n for n in fits if n <= here)
 
 
 def kv_cache_bytes(config, device: torch.device, tp: int, tokens: int) -> int:
@@ -101,23 +105,31 @@ def hf_generate(
     top_k: int,
     max_new: int,
     batch: int = 128,
+    together: bool = False,
 ) -> Iterator[Completion]:
-    """transformers' generate, `batch` prompts at a time. A row depends on its seed alone."""
+    """transformers' generate, `batch` prompts at a time. A row depends on its seed alone.
+
+    `together`: the ranks share the layers of a sharded base, so that all go on until all are done.
+    """
     from transformers import GenerationConfig
 
     config = GenerationConfig(
         max_new_tokens=max_new, do_sample=False, eos_token_id=eos_ids, pad_token_id=eos_ids[0]
     )
     warpers = sampling_warpers(temperature, top_p, top_k)
-    for start in range(0, len(prompts), batch):
-        rows = prompts[start : start + batch]
+    end = torch.tensor(len(prompts))
+    if together:
+        end = reduce_(end, "MAX")
+    for start in range(0, end.item(), batch):
+        # A rank without a prompt of its own keeps the others company.
+        rows = prompts[start : start + batch] or [eos_ids[:1]]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), eos_ids[0], device=model.device)  # (b, width)
         real = torch.zeros_like(ids)
         for row, prompt in enumerate(rows):  # left-padded
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             real[row, width - len(prompt) :] = 1
-        row_seeds = seeds[start : start + batch]
+        row_seeds = seeds[start : start + batch] or [0]
         add_noise, raw_logps = gumbel_sampler(row_seeds, model.device, temperature, warpers)
         with autocast(model.device):
             out = model.generate(
@@ -125,9 +137,10 @@ def hf_generate(
                 attention_mask=real,
                 generation_config=config,
                 logits_processor=[add_noise],
+                synced_gpus=together,
             )
         logps = torch.stack(raw_logps, 1).tolist()
-        for row, tokens in enumerate(out[:, width:].tolist()):
+        for row, tokens in enumerate(out[: len(prompts) - start, width:].tolist()):
             n = completion_length(tokens, eos_ids)
             yield start + row, tokens[:n], logps[row][:n]
 

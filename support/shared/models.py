@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from support.shared.console import fail, first_line
-from support.shared.processes import first_rank_first
+from support.shared.processes import first_rank_first, rank_and_world, ranks_here
 
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]  # of a hub repository
 
@@ -45,9 +45,16 @@ def refuse_big_model_on_cpu(model: str, device: torch.device) -> None:
 
 
 def load_base(
-    model: str, device: torch.device, attn: str = "sdpa", trust_remote_code: bool = False
+    model: str,
+    device: torch.device,
+    attn: str = "sdpa",
+    trust_remote_code: bool = False,
+    shard: bool = False,
 ):
-    """The frozen base model on `device`; exits with a sentence if it is not there, or too big."""
+    """The frozen base model on `device`; exits with a sentence if it is not there, or too big.
+
+    `shard`: on the CPU, for shard_layers to spread.
+    """
     from transformers import AutoModelForCausalLM
 
     refuse_big_model_on_cpu(model, device)
@@ -63,7 +70,8 @@ def load_base(
             attn_implementation=attn,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,  # no pickle is loaded
-            device_map={"": device},  # straight there: 8 ranks need not hold 8 copies in RAM first
+            # Straight there: 8 ranks need not hold 8 copies in RAM first.
+            device_map={"": "cpu" if shard else device},
         )
     except (OSError, ValueError, ImportError) as error:
         fail(
@@ -74,6 +82,36 @@ def load_base(
     # class itself, of which ours is an instance too, into one that it compiles.
     getattr(base, base.base_model_prefix).do_not_compile = True
     return base.eval().requires_grad_(False)
+
+
+def shard_layers(model, device: torch.device) -> None:
+    """Keep on `device` this rank's part of each decoder layer, and the rest whole. In place.
+
+    PyTorch's FSDP2: a layer is gathered when it is about to run, and dropped after it. Frozen
+    weights have no gradient, so that nothing is scattered back. Adapters, which have one, stay
+    whole on every GPU, and so do embedding, head and last norm: the head's arithmetic reads it.
+
+    `model` has all its adapters (PEFT makes them by the shape of the weights that it finds) and is
+    on the CPU, where weights are read from their files as they are touched: a machine's processes
+    share one copy in the system's cache, and a GPU holds one whole layer at a time. Machines do not
+    share: each holds all layers, so that nothing is gathered over the network between them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    shape = rank_and_world()[1] // ranks_here(), ranks_here()
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("machine", "gpu"))["gpu"]
+    base = model.get_base_model()
+    backbone = getattr(base, base.base_model_prefix)
+    layers = set()  # their frozen weights
+    for layer in backbone.layers:
+        layers.update(p for name, p in layer.named_parameters() if "lora_" not in name)
+    whole = set(model.parameters()) - layers
+    for layer in backbone.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    # The root has no weights of its own: it lets a layer be gathered while the one before runs.
+    fully_shard(backbone, mesh=mesh, ignored_params=whole)
+    model.to(device)
 
 
 def model_files(model: str) -> list[Path]:

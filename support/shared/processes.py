@@ -19,6 +19,11 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def ranks_here() -> int:
+    """Processes on this machine; torchrun starts as many on each."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def start_processes(threads: int = 0) -> torch.device:
     """Join torchrun's processes, if any. -> this rank's GPU, or the CPU"""
     if threads:

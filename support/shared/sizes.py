@@ -26,6 +26,7 @@ class Sizes:
     base: int  # weights of the frozen model
     linear: int  # those of its linear layers, without the head
     embedding: int  # those of the input embedding that are not also the head's
+    frozen: int  # those of the decoder layers, which --shard spreads
     adapter: int  # weights of the adapter
     rank: int
     targets: int  # layers with an adapter in one decoder layer
@@ -60,6 +61,7 @@ def sizes_of(skeleton, targets: list[str], rank: int) -> Sizes:
         base=sum(p.numel() for p in skeleton.parameters()),
         linear=linear,
         embedding=0 if tied else embedding.numel(),
+        frozen=layer_weights(skeleton),
         adapter=adapter,
         rank=rank,
         targets=math.ceil(adapted / config.num_hidden_layers),
@@ -74,17 +76,24 @@ def estimator(
     engine_tp: int,
     cache_tokens: int,
     tile: int,
+    gpus: int,
 ) -> Callable[..., dict[str, float]]:
-    """estimate_memory, but for micro_batch_tokens, checkpointing and head_chunk."""
+    """estimate_memory, but for micro_batch_tokens, checkpointing, head_chunk and shard."""
     config = skeleton.config
     return functools.partial(
         estimate_memory,
         sizes_of(skeleton, targets, rank),
         tile=tile,
+        gpus=gpus,
         engine_tp=engine_tp,
         cache_bytes=kv_cache_bytes(config, device, max(1, engine_tp), cache_tokens),
         bytes_each=2 if device.type == "cuda" else 4,
     )
+
+
+def layer_weights(skeleton) -> int:
+    backbone = getattr(skeleton, skeleton.base_model_prefix)
+    return sum(p.numel() for p in backbone.layers.parameters())
 
 
 def mlp_width(config) -> int:
@@ -113,8 +122,10 @@ def estimate_memory(
     micro_batch_tokens: int,
     checkpointing: bool,
     head_chunk: int,
+    shard: bool,
     *,
     tile: int,
+    gpus: int,
     engine_tp: int,
     cache_bytes: int,
     bytes_each: int = 2,
@@ -123,14 +134,18 @@ def estimate_memory(
 
     `engine_tp` is the number of ranks that share a vLLM engine, 0 where there is none;
     `cache_bytes` is one rank's part of its cache; `head_chunk` tokens meet `tile` rows of the head
-    at a time; `bytes_each` is 2 in bfloat16.
+    at a time; `gpus` are those of the machine, over which `shard` spreads the layers; `bytes_each`
+    is 2 in bfloat16.
     """
+    base = m.base
+    if shard:  # a part of each layer, and two whole ones: one runs, the next is being gathered
+        base = m.base - m.frozen + m.frozen / gpus + 2 * m.frozen / m.layers
     layer = layer_activations(m, bytes_each)
     kept = m.layers * layer
     if checkpointing:  # the input of each layer, and one layer that runs again
         kept = m.layers * bytes_each * m.hidden + layer
     parts = {
-        "base": bytes_each * m.base,
+        "base": bytes_each * min(base, m.base),
         "adapter, gradient, Adam": 16 * m.adapter,  # all float32
         "activations": micro_batch_tokens * kept,
         "head": 4 * head_chunk * (3 * tile + 2 * m.hidden),  # float32

@@ -12,19 +12,21 @@ from support.shared.processes import rank_and_world
 
 SPARE = 5.0  # GiB for the CUDA context, vLLM's graphs, NCCL, and what the estimate leaves out
 
+SMALL = {"checkpointing": True, "micro_batch_tokens": 2_048, "head_chunk": 1_024}
 WAYS_TO_FIT = {  # they change time and memory, and nothing else; the cheapest first
     "": {},
     "--micro_batch_tokens 2048": {"micro_batch_tokens": 2_048},
     "--gradient_checkpointing": {"checkpointing": True},
-    "--gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024": {
-        "checkpointing": True,
-        "micro_batch_tokens": 2_048,
-        "head_chunk": 1_024,
+    "--gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024": SMALL,
+    "--shard": {"shard": True},
+    "--shard --gradient_checkpointing": {"shard": True, "checkpointing": True},
+    "--shard --gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024": {
+        "shard": True,
+        **SMALL,
     },
-    "--gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024 --engine hf": {
-        "checkpointing": True,
-        "micro_batch_tokens": 2_048,
-        "head_chunk": 1_024,
+    "--shard --gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024 --engine hf": {
+        "shard": True,
+        **SMALL,
         "engine_tp": 0,
         "cache_bytes": 0,
     },
@@ -36,6 +38,7 @@ def check_memory(
     micro_batch_tokens: int,
     checkpointing: bool,
     head_chunk: int,
+    shard: bool,
     free: float,
 ) -> dict[str, float]:
     """The estimate; exits where it is above the `free` GiB of the GPU, warns where it is near.
@@ -46,6 +49,7 @@ def check_memory(
         "micro_batch_tokens": micro_batch_tokens,
         "checkpointing": checkpointing,
         "head_chunk": head_chunk,
+        "shard": shard,
     }
     memory = estimate(**chosen)
     if memory["sum"] + SPARE <= free:

@@ -90,6 +90,11 @@ def rules_of_the_step(given: argparse.Namespace, world: int) -> list[Rule]:
     smallest = min(getattr(given, name) for name in SIZES)
     return [
         (smallest < 1, "sizes must be at least 1"),
+        (
+            given.shard and world == 1,
+            "--shard spreads the model over several GPUs: start it with torchrun, or give "
+            "--no-shard",
+        ),
         (given.check_data and world > 1, "--check_data needs one process: python, not torchrun"),
         (
             given.batch_size % max(1, given.rollouts_per_prompt),

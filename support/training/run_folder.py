@@ -81,7 +81,23 @@ def open_run(out: Path, resume: bool, overwrite: bool, settings: dict) -> Path |
     if rank_and_world()[0] == 0 and not begun:
         # At once, so that --resume knows them wherever a kill strikes.
         write_json(out / "settings.json", settings)
+    compare_ranks(out, checkpoint, settings)
     return checkpoint
+
+
+def compare_ranks(out: Path, checkpoint: Path | None, settings: dict) -> None:
+    """Refuse ranks that would go on from another state, or with other settings, than rank 0."""
+    seen = checkpoint.name if checkpoint else "no checkpoint"
+    views = gather([(seen, settings)])
+    for rank, (other, theirs) in enumerate(views):
+        differ = [name for name, value in views[0][1].items() if theirs[name] != value]
+        if other != views[0][0] or differ:
+            fail(
+                f"rank 0 sees {views[0][0]} in {out}, rank {rank} {other}"
+                f"{', and other settings: ' + ', '.join(differ) if differ else ''}. Several "
+                "machines go on with a run where all see its folder: put --out on a file system "
+                "that they share, or copy settings.json and the last step_N to each"
+            )
 
 
 def whole_checkpoint(out: Path) -> Path | None:
