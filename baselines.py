@@ -49,6 +49,7 @@ from egrsd import (
     Settings,
     _logprob_and_gradient,
     _matmul,
+    _softmax_of_tile,
     as_teacher,
     completion_hidden,
     confidence_gate,
@@ -551,8 +552,8 @@ def divergence_and_gradient(
         log_Z_T = h_T.new_full((len(y),), float("-inf"), dtype=torch.float32)  # (n,)
         log_Z_S = log_Z_T.clone()
         for tile in head_weight.split(VOCAB_TILE):  # (v, d)
-            log_Z_T = torch.logaddexp(log_Z_T, _matmul(h_T, tile.T).logsumexp(1))
-            log_Z_S = torch.logaddexp(log_Z_S, _matmul(h_S, tile.T).logsumexp(1))
+            log_Z_T = torch.logaddexp(log_Z_T, _softmax_of_tile(h_T, tile)[-1])
+            log_Z_S = torch.logaddexp(log_Z_S, _softmax_of_tile(h_S, tile)[-1])
         value = torch.zeros_like(log_Z_S)  # (n,)
         sum_g = torch.zeros_like(log_Z_S)  # (n,)
         sum_gU = torch.zeros_like(h_S, dtype=torch.float32)  # (n, d)

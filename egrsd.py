@@ -637,7 +637,7 @@ def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[
 # The head: from (N, d) hidden states to log-probabilities, without their (N, V) logits
 #
 # The logits are most of a naive trainer's memory: in float32 those of 4 x 1,024 tokens are 2.5 GB
-# at V = 151,936, and autograd keeps several such tensors. Here `chunk` tokens meet 8,192 rows of
+# at V = 151,936, and autograd keeps several such tensors. Here `chunk` tokens meet 2,048 rows of
 # the head at a time, and only sums over the vocabulary outlive a tile. The student needs no
 # autograd in here either, since with the head's rows U (V, d) the gradient is known in closed form:
 #
@@ -648,7 +648,7 @@ def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[
 #     a mean      (1 - q) mean + q mean_tile
 #     an entropy  (1 - q) H + q H_tile - q log q - (1 - q) log(1 - q)    (its chain rule)
 
-VOCAB_TILE = 8_192  # ours: d 512, V 151,936, two CPU cores: 2.1 s, all of V 2.8 s; GPU unmeasured
+VOCAB_TILE = 2_048  # ours: above 32 MiB a tile costs a CPU new pages each time; GPU unmeasured
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -681,7 +681,7 @@ def _logprob_and_entropy(
         H = torch.zeros_like(log_Z)  # (n,) likewise
         for tile in head_weight.split(VOCAB_TILE):  # (v, d)
             z, e, total, log_Z_tile = _softmax_of_tile(h, tile)
-            H_tile = total.log() - (z * e).sum(1) / total
+            H_tile = total.log() - z.mul_(e).sum(1) / total
             q = torch.sigmoid(log_Z_tile - log_Z)  # 1 for the first tile
             inside = (1 - q) * H + q * H_tile
             H = inside + torch.special.entr(q) + torch.special.entr(1 - q)
