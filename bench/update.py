@@ -27,6 +27,7 @@ all of them, optimizer state included, above the loaded model: of the process on
 torch's allocator on a GPU.
 """
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -35,6 +36,7 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,6 +68,7 @@ SAME_LOSS = ("ours", "trl", "full")
 CASES = (*SAME_LOSS, "sdft", "sdpo")
 LENGTHS = (64, 256, 1_024, 4_096)
 VOCABULARIES = (8_192, 32_768, 151_936)
+OWN_TIME = "EGRSD_BENCH_OWN_TIME"  # set for the processes of the cases by --own_time
 
 
 @dataclasses.dataclass
@@ -84,6 +87,7 @@ class Options:
     threads: int = opt("run", 0, "CPU threads, 0 = torch decides")
     repeats: int = opt("run", 5, "updates that count, after one that does not")
     rounds: int = opt("run", 1, "processes of each case, in turn: for a busy machine")
+    own_time: bool = opt("run", False, "CPU seconds of the process: for a busy CPU, --threads 1")
     memory: float = opt("run", 0.0, "GiB that a case may take, 0 = what is free")
     worker: str = opt("inside", "", "the one case that this process runs")
 
@@ -178,7 +182,7 @@ def token_weights(
 def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if OWN_TIME in os.environ else time.perf_counter()
 
 
 def start_meter(device: torch.device) -> float:
@@ -283,8 +287,10 @@ def full(model, rollouts: list[dict], s: egrsd.Settings) -> Run:
 
 def trainer_options(rollouts: list[dict], s: egrsd.Settings, device: torch.device) -> dict:
     """What TRL's trainers are told; the rest is their default."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {
-        "output_dir": tempfile.mkdtemp(),
+        "output_dir": folder,
         "per_device_train_batch_size": len(rollouts),
         "gradient_checkpointing": False,
         "learning_rate": s.lr,
@@ -573,11 +579,15 @@ def start(case: str, o: Options) -> dict | str:
         else:
             command.append(f"--{name}={value}")
     env = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
+    if o.own_time:
+        env[OWN_TIME] = "1"
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return f"failed ({done.returncode}): {lines[-1] if lines else 'no message'}"
-    return json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"{case}: {result}", file=sys.stderr)  # a long run shows that it goes on
+    return result
 
 
 def why_not(case: str, o: Options) -> str:
