@@ -121,6 +121,7 @@ class Settings:
     save_every: int = opt("run", 25, "steps between checkpoints")  # Table A1
     seed: int = opt("run", 0, "seed of adapter, data order and rollouts")  # ours
     wandb: str = opt("run", "", "also log to this Weights & Biases project")  # ours
+    rank_timeout: int = opt("run", 1_800, "seconds that a rank may hang, 0 = any")  # ours
 
     model: str = opt("model", "Qwen/Qwen3-8B", "hub id or local folder")  # section 5.1
     lora_r: int = opt("model", 64, "rank of the adapter")  # section 5.1
@@ -177,8 +178,8 @@ class Settings:
 # What --resume may change: how far and how fast a run goes, not what it computes. (Another engine
 # draws other completions from the same seed.)
 FREE_ON_RESUME = (
-    "out resume overwrite steps save_every wandb attn gradient_checkpointing shard threads "
-    "micro_batch_tokens head_chunk engine rollout_tp check_data"
+    "out resume overwrite steps save_every wandb rank_timeout attn gradient_checkpointing shard "
+    "threads micro_batch_tokens head_chunk engine rollout_tp check_data"
 ).split()
 
 
@@ -289,6 +290,7 @@ def roll_out(
         # text, graded_text (which begins with <think> if the prompt ended with it), truncated
         rollout.update(data.read_completion(tokenizer, prompts[i], ids, eos_ids))
         mine.append(rollout)
+    processes.enter("grading")
     for rollout, (reward, grade) in zip(mine, compute_rewards(mine, s)):
         rollout["reward"] = reward
         rollout["correct"] = grade.correct
@@ -869,7 +871,9 @@ def sum_gradients_over_ranks(model) -> None:
     if processes.rank_and_world()[1] == 1:
         return
     grads = [p.grad for p in trainable(model).values()]
-    flat = processes.reduce_(torch.cat([g.flatten() for g in grads]))
+    flat = torch.cat([g.flatten() for g in grads])
+    guards.note_gradient(flat)  # whose was it, if the sum is not finite?
+    flat = processes.reduce_(flat)
     for g, whole in zip(grads, flat.split([g.numel() for g in grads])):
         g.copy_(whole.view_as(g))
 
@@ -954,9 +958,8 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
     model = run.model
     # run.roll_out and run.accumulate_gradient are the functions above, unless a method changed them
     for step in range(run.start, s.steps):
-        clock = [time.perf_counter()]
-        position = run.position
-        batch, run.position, skipped = next_problems(run.problems, run.tokenizer, s, position)
+        clock = [processes.enter("rollout")]
+        batch, position, skipped = next_problems(run.problems, run.tokenizer, s, run.position)
         batch = [row for row in batch for _ in range(s.rollouts_per_prompt)]
 
         # The policy of the moment answers, and is told how well: every rank gets all rollouts.
@@ -964,20 +967,22 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
             run.sample, batch, run.tokenizer, run.eos_ids, step, s, **run.sampling
         )
         rewards = [r["reward"] for r in rollouts]
+        if not all(map(math.isfinite, rewards)):
+            stop_not_finite(run, rollouts, step, s)
         advantages = run.stats.advantages(rewards, step)  # (B,)
         for r, A in zip(rollouts, advantages.tolist()):
             r["advantage"] = A
-        clock.append(time.perf_counter())
+        clock.append(processes.enter("passes"))
 
         # Teacher, gate, student: lines 7 to 19 of Algorithm 1. Fills p.grad.
         mine, tokens = run.accumulate_gradient(model, rollouts, s)
-        norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), s.max_grad_norm).item()
-        clock.append(time.perf_counter())
+        norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), s.max_grad_norm)
+        norm, sound = guards.look_for_nan(norm, run.optimizer, run.stats.state_dict())
+        clock.append(processes.enter("update"))
 
         figures = journal.step_figures(mine, tokens, s.eps)
-        if not math.isfinite(norm + figures["loss"]):
-            run.position = position
-            stop_not_finite(run, rollouts, step, s)
+        if not (sound and math.isfinite(figures["loss"])):
+            stop_not_finite(run, rollouts, step, s, mine, tokens)
         guards.check_canary(figures["canary"], model, step)
         figures.update(running_mean=run.stats.mean, running_std=run.stats.std, grad_norm=norm)
         figures.update(run.figures)
@@ -985,7 +990,8 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
         run.optimizer.step()  # Alg. 1, line 20
         run.stats.update(rewards)  # Alg. 1, line 21
         run.push()  # the next rollout is of the new policy
-        clock.append(time.perf_counter())
+        run.position = position
+        clock.append(processes.enter("saving"))
 
         halt = any(processes.gather(run.stopped))  # the ranks may see a signal in different steps
         save = halt or (step + 1) % s.save_every == 0 or step + 1 == s.steps
@@ -1029,6 +1035,7 @@ def set_up(s: Settings, method: Callable | None = None) -> SimpleNamespace | Non
     files = opening.show_start(
         settings, batch[0], run.tokenizer, f"{engine} ({why})", tp, run.device, run.memory
     )
+    processes.enter("engine start")
     run.sample, run.push = start_engine(s, run.model, run.eos_ids, run.device, engine, tp)
     if engine == "vllm":
         probe(run, batch[: max(8, processes.rank_and_world()[1])], s)
@@ -1048,7 +1055,7 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
     """The run folder, data, model, optimizer and statistics, as its last checkpoint left them."""
     run = SimpleNamespace(began=time.perf_counter(), stopped=processes.stop_on_signals())
     run.out = Path(s.out)
-    run.device = processes.start_processes(s.threads)
+    run.device = processes.start_processes(s.threads, s.rank_timeout)
     run.sampling = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
     models.refuse_big_model_on_cpu(s.model, run.device)
     run.memory = estimate_memory(s, run.device)
@@ -1147,6 +1154,7 @@ def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
     tokens = 0
     with console.progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
         for start in range(0, len(rows), 256):
+            processes.enter("evaluation")
             batch = rows[start : start + 256]
             answers = roll_out(
                 run.sample,
@@ -1179,9 +1187,15 @@ def probe(run: SimpleNamespace, rows: list[dict], s: Settings) -> None:
     )
 
 
-def stop_not_finite(run: SimpleNamespace, rollouts: list[dict], step: int, s: Settings) -> None:
-    """Save the state before this step, name the rollouts that are not finite alone, and end."""
-    save_run(run, step, s)
+def stop_not_finite(
+    run: SimpleNamespace,
+    rollouts: list[dict],
+    step: int,
+    s: Settings,
+    mine: list[dict] | None = None,
+    tokens: dict[str, Tensor] | None = None,
+) -> None:
+    """Name what is not finite, on which rank, in which rollouts; save the state before, and end."""
 
     def values(r: dict) -> list[Tensor]:
         hidden, _ = completion_hidden(run.model, [r], "prompt_ids")
@@ -1192,7 +1206,8 @@ def stop_not_finite(run: SimpleNamespace, rollouts: list[dict], step: int, s: Se
             teacher = score_completions(run.model, [r], "teacher_prompt_ids", s)
         return [hidden, *teacher, *gradients]
 
-    guards.fail_not_finite(step, run.out, rollouts, values)
+    save = functools.partial(save_run, run, step, s)
+    guards.fail_not_finite(step, run, rollouts, mine or [], tokens or {}, values, save)
 
 
 def save_run(run: SimpleNamespace, step: int, s: Settings) -> None:

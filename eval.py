@@ -84,6 +84,7 @@ class EvalSettings:
     gpu_memory: float = opt("engine", 0.9, "share of the GPU's memory that vLLM takes")  # ours
     batch: int = opt("engine", 64, "completions at a time of transformers' generate")  # ours
     threads: int = opt("engine", 0, "CPU threads of torch, 0 = torch decides")  # ours
+    rank_timeout: int = opt("engine", 1_800, "seconds that a rank may hang, 0 = any")  # ours
 
     out: str = opt("output", "", "folder of the evaluation; by default evals/ and a name")
     grader: str = opt("output", "ours", "paper: answers as they are", "ours", "paper")  # ours
@@ -169,6 +170,7 @@ def rules_of(given: argparse.Namespace) -> list[tuple[object, str]]:
             "--student_prompt must hold {problem} and not {solution}",
         ),
         (given.paper and not given.compare, "--paper goes with --compare"),
+        (0 != given.rank_timeout < 5, "--rank_timeout must be 0, for no limit, or at least 5"),
     ]
 
 
@@ -189,6 +191,7 @@ def open_engine(
 
     `longest` is that of prompt and completion, in tokens.
     """
+    processes.enter("engine start")
     if engine == "vllm":
         return open_vllm(e, tp, eos_ids, longest, lora_rank, device)
     model = models.load_base(e.model, device, trust_remote_code=e.trust_remote_code)
@@ -251,7 +254,7 @@ def check_engine(
 
 def evaluate(e: EvalSettings) -> None:
     """Check all that can be checked before a model is loaded; then sample, grade, save, report."""
-    device = processes.start_processes(e.threads)
+    device = processes.start_processes(e.threads, e.rank_timeout)
     rank, world = processes.rank_and_world()
     out = Path(e.out)
     problems = {}
@@ -307,6 +310,7 @@ def sample_missing(
     if e.adapter:
         few = work[:: math.ceil(len(work) / 8)]
         check_engine(adapted, plain, [item["prompt_ids"] for item in few])
+    processes.enter("sampling")
     # Ranks that share an engine draw the same samples, and the first of them writes.
     rank, world = processes.rank_and_world()
     group = rank // tp

@@ -24,8 +24,8 @@ BENCHMARKS = {  # name: hub id, config, split
 }
 # Where and how fast an evaluation computes, not what. Model and adapter count by their content.
 FREE = (
-    "preset model adapter training data_dir tp gpu_memory batch threads out trust_remote_code "
-    "regrade compare paper"
+    "preset model adapter training data_dir tp gpu_memory batch threads rank_timeout out "
+    "trust_remote_code regrade compare paper"
 ).split()
 
 

@@ -1,9 +1,12 @@
 """The processes of torchrun, one a GPU. A single process takes the same path."""
 
+import atexit
 import contextlib
+import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -24,8 +27,12 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def start_processes(threads: int = 0) -> torch.device:
-    """Join torchrun's processes, if any. -> this rank's GPU, or the CPU"""
+def start_processes(threads: int = 0, rank_timeout: float = 0) -> torch.device:
+    """Join torchrun's processes, if any. -> this rank's GPU, or the CPU
+
+    A rank that hangs ends all of them after `rank_timeout` seconds, 0 = never; see watch_others.
+    """
+    end_with_torchrun()
     if threads:
         torch.set_num_threads(threads)
     device = torch.device("cpu")
@@ -35,9 +42,14 @@ def start_processes(threads: int = 0) -> torch.device:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if rank_and_world()[1] > 1 and not dist.is_initialized():
-        # Two hours: the ranks wait for one that downloads. One that dies is noticed in seconds, by
-        # torchrun: docs/gpu.md.
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        # torchrun's store is there already. Without torchrun rank 0 holds it, and may come late.
+        wait = timedelta(minutes=1 if under_torchrun() else 30)
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        watch_others(store.clone(), rank_timeout)
+        # A day: the ranks wait for one that downloads, or that has longer completions to evaluate.
+        # One that dies or hangs is noticed by the watch: docs/gpu.md.
+        day = timedelta(days=1)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=day)
         dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects, or fails, before the load
     return device
 
@@ -60,7 +72,8 @@ def gather(items: list) -> list:
     if world == 1:
         return items
     parts = [None] * world
-    dist.all_gather_object(parts, items)
+    with meeting():
+        dist.all_gather_object(parts, items)
     return sum(parts, [])
 
 
@@ -72,7 +85,8 @@ def barrier() -> None:
 def reduce_(value: Tensor, op: str = "SUM") -> Tensor:
     """All-reduce in place."""
     if rank_and_world()[1] > 1:
-        dist.all_reduce(value, getattr(dist.ReduceOp, op))
+        with meeting():
+            dist.all_reduce(value, getattr(dist.ReduceOp, op))
     return value
 
 
@@ -94,7 +108,9 @@ def ending_together() -> Iterator[None]:
         yield
         if not dist.is_initialized():
             return
+        enter("end")
         barrier()
+        part()
         # vLLM's engine destroys the group, and all of its own groups, when it ends. Else it is
         # ours to do: left to the end of the interpreter, its threads now and then abort it.
         if "vllm" not in sys.modules:
@@ -103,12 +119,17 @@ def ending_together() -> Iterator[None]:
         wanted = isinstance(error, SystemExit)
         if rank_and_world()[1] == 1 or (wanted and not error.code):
             raise
+        # A collective breaks where another rank has died. The watch is about to name that one.
+        if not wanted and _here["waits"] and _told.wait(3 * TICK):
+            os._exit(1)
         if wanted:
             print(error)
         else:
             traceback.print_exc()
+            print(f"rank {rank_and_world()[0]} ended in the phase '{_here['phase']}': {error!r}")
         # The others may wait for this rank in a collective, so it waits for nobody.
         sys.stdout.flush()
+        part(f"{error}" if wanted else f"{error!r}")
         os._exit(1)
 
 
@@ -129,3 +150,174 @@ def stop_on_signals() -> list[float]:
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
     return stopped
+
+
+# --------------------------------------------------------------------------------------------------
+# The watch. A collective that does not end cannot say for whom it waits, and the main thread in it
+# can do nothing. So each rank has a thread that tells the others, through torchrun's store, what
+# the rank does, and reads what they do.
+
+TICK = 1.0  # seconds from look to look
+GRACE = 10.0  # seconds that the main thread still has: to write a checkpoint, or to fail by itself
+# In these the ranks may be apart by that many seconds: downloads, compilers, long completions.
+PATIENCE = {"loading": 7_200, "engine start": 7_200, "sampling": 86_400}
+
+# What the others may know of this rank: what it does; how many collectives it has come to, whether
+# it waits in one; how it ended, if it did.
+_here = {"phase": "loading", "came": 0, "waits": False, "ended": None}
+_told = threading.Event()  # the watch has said who died or hangs
+_parted = threading.Event()  # there is nothing to watch any more
+_watch: list[threading.Thread] = []
+
+
+def enter(phase: str) -> float:
+    """Name what this rank does from now on: for the others, should it die or hang. -> the clock"""
+    _here["phase"] = phase
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Around each collective. One that breaks stays marked, for ending_together."""
+    _here["came"] += 1
+    _here["waits"] = True
+    yield
+    _here["waits"] = False
+
+
+def watch_others(store: dist.Store, rank_timeout: float) -> None:
+    """Start the thread that ends this process when another rank has died or hangs.
+
+    Died: its process is gone (looked up on the same machine), or it says that it failed. Hangs: no
+    sign of life from its thread for `rank_timeout` seconds, as when it is stopped; or the others
+    wait in a collective to which it has not come for so long, in some phases for longer (PATIENCE).
+    """
+    store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    _here.update(pid=os.getpid(), machine=os.environ.get("GROUP_RANK", "0"))
+    thread = threading.Thread(target=watch, args=(store, rank_timeout), daemon=True)
+    _watch.append(thread)
+    thread.start()
+    atexit.register(part)
+
+
+def part(how: str = "well") -> None:
+    """Tell the others how this rank ends, which is no death, and watch them no longer."""
+    _here["ended"] = how
+    _parted.set()
+    for thread in _watch:
+        thread.join(2 * TICK)  # it tells them
+
+
+def watch(store: dist.Store, rank_timeout: float) -> None:
+    rank, world = rank_and_world()
+    others = [other for other in range(world) if other != rank]
+    seen = {}
+    silent = dict.fromkeys(others, 0.0)  # seconds since a sign of life
+    late = dict.fromkeys(others, 0.0)  # seconds that this rank has waited for it in a collective
+    beat = 0
+    before = time.monotonic()
+    while True:
+        beat += 1
+        parted = _parted.is_set()
+        now = time.monotonic()
+        # Where more time has passed, this process did not run, nor may the others have: a laptop
+        # slept, a container was frozen, torchrun with its store was stopped.
+        passed = min(now - before, 2 * TICK)
+        before = now
+        with contextlib.suppress(RuntimeError):  # the store is gone: torchrun has ended
+            store.set(str(rank), json.dumps({**_here, "beat": beat}))
+            if parted:
+                return
+            found = read_states(store, others)
+            for other in others:
+                moved = found.get(other) != seen.get(other)
+                silent[other] = 0.0 if moved else silent[other] + passed
+                behind = found.get(other, {}).get("came", 0) < _here["came"]
+                late[other] = late[other] + passed if behind and _here["waits"] else 0.0
+            seen = found
+            faults = {}
+            for other in others:
+                fault = find_fault(seen.get(other), silent[other], late[other], rank_timeout)
+                if fault:
+                    faults[other] = f"rank {other} {fault}"
+            if faults:
+                leave(faults)
+        if parted:
+            return
+        _parted.wait(TICK)
+
+
+def read_states(store: dist.Store, ranks: list[int]) -> dict[int, dict]:
+    """What each of these ranks last said of itself, as far as it has come yet."""
+    there = ranks
+    if not store.check([*map(str, ranks)]):
+        there = [rank for rank in ranks if store.check([str(rank)])]
+    texts = store.multi_get([*map(str, there)])
+    return {rank: json.loads(text) for rank, text in zip(there, texts)}
+
+
+def find_fault(state: dict | None, silent: float, late: float, rank_timeout: float) -> str:
+    """What is wrong with a rank that said `state` of itself, "" for nothing. Times in seconds."""
+    if state is None:  # it is about to come, once it has imported everything
+        waited = rank_timeout and silent > max(rank_timeout, PATIENCE["loading"])
+        return f"has not come for {silent:.0f} s" if waited else ""
+    phase = f"the phase '{state['phase']}'"
+    if state["ended"] == "well":
+        return ""
+    if state["ended"]:
+        return f"ended in {phase}: {state['ended']}"
+    if state["machine"] == _here["machine"] and not runs(state["pid"]):
+        return f"died in {phase}: killed, by somebody or for want of memory (dmesg may know)"
+    if not rank_timeout:
+        return ""
+    if silent > rank_timeout:
+        return f"has given no sign of life for {silent:.0f} s in {phase} (--rank_timeout)"
+    if late > max(rank_timeout, PATIENCE.get(state["phase"], 0)):
+        return f"has not left {phase} while the others waited {late:.0f} s (--rank_timeout)"
+    return ""
+
+
+def runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def leave(faults: dict[int, str]) -> None:
+    """Say once on each machine which rank it is, and end, whatever the main thread waits for."""
+    rank = rank_and_world()[0]
+    first = rank - int(os.environ.get("LOCAL_RANK", 0))
+    if rank == next(n for n in range(first, rank + 1) if n not in faults):
+        name = Path(sys.argv[0]).name
+        text = "; ".join(faults.values())
+        print(f"{name}: {text}. All ranks end; --resume goes on from the last checkpoint")
+        sys.stdout.flush()
+    _told.set()
+    _parted.wait(GRACE)
+    os._exit(1)
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def end_with_torchrun() -> None:
+    """However torchrun ends, this process does: else it would train on, and keep the folder."""
+    if not under_torchrun():
+        return
+    with contextlib.suppress(OSError, AttributeError):  # Linux: at once, even while it is stopped
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(TICK)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()

@@ -54,6 +54,7 @@ def rules_of_the_run(given: argparse.Namespace, fixed: dict[str, object]) -> lis
             given.steps < 0 or given.save_every < 1,
             "--steps must be at least 0 and --save_every at least 1",
         ),
+        (0 != given.rank_timeout < 5, "--rank_timeout must be 0, for no limit, or at least 5"),
         (
             given.wandb and not installed("wandb"),
             "--wandb: it is not installed (pip install wandb)",

@@ -342,15 +342,16 @@ def save_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    tensors = {"torch_random_state": torch.get_rng_state()}
+    for name, value in others.items():
+        tensors[f"others/{name}"] = value
+    for name, p in parameters.items():
+        for slot, value in optimizer.state[p].items():
+            tensors[f"{name}/{slot}"] = value
+
     def write(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         save_student(folder)
-        tensors = {"torch_random_state": torch.get_rng_state()}
-        for name, value in others.items():
-            tensors[f"others/{name}"] = value
-        for name, p in parameters.items():
-            for slot, value in optimizer.state[p].items():
-                tensors[f"{name}/{slot}"] = value
         save_file(tensors, folder / "trainer.safetensors")
         state = {"step": step, "position": position, "stats": stats, "settings": settings}
         state["fingerprints"] = fingerprints
@@ -359,8 +360,10 @@ def save_checkpoint(
         (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
 
     folder = out / f"step_{step}"
+    writes = rank_and_world()[0] == 0 and not folder.exists()
     try:
-        if rank_and_world()[0] == 0 and not folder.exists():
+        if writes:
+            refuse_not_finite(folder, {**tensors, **parameters})
             write_beside(folder, write)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder.with_name(f".{folder.name}"), ignore_errors=True)
@@ -370,6 +373,17 @@ def save_checkpoint(
             f"last whole checkpoint is {last}"
         )
     barrier()  # nobody leaves before it is whole
+
+
+def refuse_not_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """What went wrong since the update looked must not be what a run goes on from."""
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        last = latest_checkpoint(folder.parent) or "none, so that it starts over"
+        fail(
+            f"{folder} is not written: {len(bad)} tensors are not finite, the first is {bad[0]}. "
+            f"--resume goes on from the last checkpoint: {last}"
+        )
 
 
 def load_checkpoint(
