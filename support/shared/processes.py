@@ -163,8 +163,8 @@ GRACE = 10.0  # seconds that the main thread still has: to write a checkpoint, o
 PATIENCE = {"loading": 7_200, "engine start": 7_200, "sampling": 86_400}
 
 # What the others may know of this rank: what it does; how many collectives it has come to, whether
-# it waits in one; how it ended, if it did.
-_here = {"phase": "loading", "came": 0, "waits": False, "ended": None}
+# it waits in one; how it ended, if it did; where its process is.
+_here = {"phase": "loading", "came": 0, "waits": False, "ended": None, "machine": "", "pid": 0}
 _told = threading.Event()  # the watch has said who died or hangs
 _parted = threading.Event()  # there is nothing to watch any more
 _watch: list[threading.Thread] = []
@@ -220,9 +220,9 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
         beat += 1
         parted = _parted.is_set()
         now = time.monotonic()
-        # Where more time has passed, this process did not run, nor may the others have: a laptop
-        # slept, a container was frozen, torchrun with its store was stopped.
-        passed = min(now - before, 2 * TICK)
+        # Where more time has passed, this process did not run, and the others may not have either:
+        # a laptop slept, the machine is overloaded, torchrun with its store was stopped.
+        passed = min(now - before, TICK)
         before = now
         with contextlib.suppress(RuntimeError):  # the store is gone: torchrun has ended
             store.set(str(rank), json.dumps({**_here, "beat": beat}))
