@@ -40,7 +40,7 @@ PHASES = {  # -> how often a run of RUN enters it before it is struck there: 1 i
     "end": 1,
 }
 RUN = "--preset tiny --batch_size 8 --max_completion 24 --steps 4 --save_every 2".split()
-LIMIT = 8  # seconds of --rank_timeout where a rank is stopped
+LIMIT = 20  # seconds of --rank_timeout where a rank is stopped
 MACHINE = ("seconds", "tokens_per_second", "memory_gib", "canary", "skipped_prompts")
 
 
@@ -197,7 +197,8 @@ def strike_and_resume(
     """Print one row of the table, resumed on `nproc` ranks. -> what was wrong with it"""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    given = [*argv, "--rank_timeout", str(LIMIT), "--out", str(out)]
+    limit = LIMIT if fault == "stop" else 600
+    given = [*argv, "--rank_timeout", str(limit), "--out", str(out)]
     seconds, text = run_struck(given, fault, phase, rank, PHASES[phase], folder)
     wrong = []
     message = message_of(text, fault)

@@ -35,7 +35,7 @@ sys.path[:0] = [{root!r}]
 from support.shared import processes
 import torch
 with processes.ending_together():
-    processes.start_processes(rank_timeout=3)
+    processes.start_processes(rank_timeout=5)
     processes.enter({phase!r})
     time.sleep(1.5)
     if os.environ["RANK"] == "1":
@@ -47,18 +47,22 @@ STOPPED = "os.kill(os.getpid(), signal.SIGSTOP)"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 HANGS = "time.sleep(100)"
 NO_MEMORY = "resource.setrlimit(resource.RLIMIT_AS, (1 << 31,) * 2); torch.ones(1 << 30)"
-SLOW = "time.sleep(6)"
+SLOW = "time.sleep(8)"
 
 
 @pytest.mark.parametrize(
     "fault, phase, message",
     [
         (KILLED, "passes", "rank 1 died in the phase 'passes': killed"),
-        (STOPPED, "grading", "rank 1 has given no sign of life for [34] s in the phase 'grading'"),
+        (
+            STOPPED,
+            "grading",
+            "rank 1 has given no sign of life for [0-9]+ s in the phase 'grading'",
+        ),
         (
             HANGS,
             "rollout",
-            "rank 1 has not left the phase 'rollout' while the others waited [34] s",
+            "rank 1 has not left the phase 'rollout' while the others waited [0-9]+ s",
         ),
         (NO_MEMORY, "update", "rank 1 ended in the phase 'update': .*memory"),
         (SLOW, "loading", "all came"),
@@ -90,7 +94,7 @@ def test_a_laptop_that_slept_and_a_rank_that_left_raise_no_alarm(monkeypatch) ->
     looks = []
     monkeypatch.setattr(processes.time, "monotonic", lambda: 3_600.0 * len(looks))
     monkeypatch.setattr(processes, "rank_and_world", lambda: (0, 2))
-    monkeypatch.setattr(processes, "leave", lambda faults: pytest.fail(str(faults)))
+    monkeypatch.setattr(processes, "tell", lambda faults: pytest.fail(str(faults)))
     monkeypatch.setattr(processes._parted, "wait", lambda seconds: None)
     monkeypatch.setattr(processes._parted, "is_set", lambda: len(looks) > 20)
 

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -198,6 +199,14 @@ def watch_others(store: dist.Store, rank_timeout: float) -> None:
     _watch.append(thread)
     thread.start()
     atexit.register(part)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end_when_told)
+
+
+def end_when_told(number: int, _: object) -> None:
+    """SIGTERM where nothing is to be saved. Torchrun sends it when a rank died: the watch says."""
+    _told.wait(3 * TICK)
+    os._exit(128 + number)
 
 
 def part(how: str = "well") -> None:
@@ -214,6 +223,7 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
     seen = {}
     silent = dict.fromkeys(others, 0.0)  # seconds since a sign of life
     late = dict.fromkeys(others, 0.0)  # seconds that this rank has waited for it in a collective
+    ends = math.inf  # when this process does, whatever its main thread waits for
     beat = 0
     before = time.monotonic()
     while True:
@@ -240,10 +250,13 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
                 fault = find_fault(seen.get(other), silent[other], late[other], rank_timeout)
                 if fault:
                     faults[other] = f"rank {other} {fault}"
-            if faults:
-                leave(faults)
+            if faults and not _told.is_set():
+                tell(faults)
+                ends = now + GRACE
         if parted:
             return
+        if now > ends:
+            os._exit(1)
         _parted.wait(TICK)
 
 
@@ -287,8 +300,8 @@ def runs(pid: int) -> bool:
     return True
 
 
-def leave(faults: dict[int, str]) -> None:
-    """Say once on each machine which rank it is, and end, whatever the main thread waits for."""
+def tell(faults: dict[int, str]) -> None:
+    """Say once on each machine which rank it is."""
     rank = rank_and_world()[0]
     first = rank - int(os.environ.get("LOCAL_RANK", 0))
     if rank == next(n for n in range(first, rank + 1) if n not in faults):
@@ -297,8 +310,6 @@ def leave(faults: dict[int, str]) -> None:
         print(f"{name}: {text}. All ranks end; --resume goes on from the last checkpoint")
         sys.stdout.flush()
     _told.set()
-    _parted.wait(GRACE)
-    os._exit(1)
 
 
 def under_torchrun() -> bool:
