@@ -122,6 +122,7 @@ def ending_together() -> Iterator[None]:
             raise
         # A collective breaks where another rank has died. The watch is about to name that one.
         if not wanted and _here["waits"] and _told.wait(3 * TICK):
+            part()
             os._exit(1)
         if wanted:
             print(error)
@@ -206,12 +207,13 @@ def watch_others(store: dist.Store, rank_timeout: float) -> None:
 def end_when_told(number: int, _: object) -> None:
     """SIGTERM where nothing is to be saved. Torchrun sends it when a rank died: the watch says."""
     _told.wait(3 * TICK)
+    part()
     os._exit(128 + number)
 
 
-def part(how: str = "well") -> None:
-    """Tell the others how this rank ends, which is no death, and watch them no longer."""
-    _here["ended"] = how
+def part(why: str = "") -> None:
+    """Tell the others that this rank ends, and why if that is their end; watch them no longer."""
+    _here["ended"] = why
     _parted.set()
     for thread in _watch:
         thread.join(2 * TICK)  # it tells them
@@ -224,6 +226,7 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
     silent = dict.fromkeys(others, 0.0)  # seconds since a sign of life
     late = dict.fromkeys(others, 0.0)  # seconds that this rank has waited for it in a collective
     ends = math.inf  # when this process does, whatever its main thread waits for
+    faults = {}  # rank -> what is wrong with it
     beat = 0
     before = time.monotonic()
     while True:
@@ -234,6 +237,8 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
         # a laptop slept, the machine is overloaded, torchrun with its store was stopped.
         passed = min(now - before, TICK)
         before = now
+        if now > ends:
+            _here["ended"] = ""  # which is no death
         with contextlib.suppress(RuntimeError):  # the store is gone: torchrun has ended
             store.set(str(rank), json.dumps({**_here, "beat": beat}))
             if parted:
@@ -253,10 +258,12 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
             if faults and not _told.is_set():
                 tell(faults)
                 ends = now + GRACE
+        if now > ends:
+            for other in faults.keys() & seen.keys():
+                end_here(seen[other])
+            os._exit(1)
         if parted:
             return
-        if now > ends:
-            os._exit(1)
         _parted.wait(TICK)
 
 
@@ -275,10 +282,8 @@ def find_fault(state: dict | None, silent: float, late: float, rank_timeout: flo
         waited = rank_timeout and silent > max(rank_timeout, PATIENCE["loading"])
         return f"has not come for {silent:.0f} s" if waited else ""
     phase = f"the phase '{state['phase']}'"
-    if state["ended"] == "well":
-        return ""
-    if state["ended"]:
-        return f"ended in {phase}: {state['ended']}"
+    if state["ended"] is not None:
+        return f"ended in {phase}: {state['ended']}" if state["ended"] else ""
     if state["machine"] == _here["machine"] and not runs(state["pid"]):
         return f"died in {phase}: killed, by somebody or for want of memory (dmesg may know)"
     if not rank_timeout:
@@ -288,6 +293,13 @@ def find_fault(state: dict | None, silent: float, late: float, rank_timeout: flo
     if late > max(rank_timeout, PATIENCE.get(state["phase"], 0)):
         return f"has not left {phase} while the others waited {late:.0f} s (--rank_timeout)"
     return ""
+
+
+def end_here(state: dict) -> None:
+    """Kill a rank of this machine that hangs, as torchrun would after 30 s more."""
+    if state["machine"] == _here["machine"] and state["ended"] is None:
+        with contextlib.suppress(OSError):
+            os.kill(state["pid"], signal.SIGKILL)
 
 
 def runs(pid: int) -> bool:
