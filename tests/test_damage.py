@@ -124,7 +124,7 @@ def test_a_log_that_is_cut_or_anothers_is_named(name, run, capsys) -> None:
     for content in ((run / other).read_bytes(), b"\xff\xfe\n", b"[1]\n", b"{}\n"):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match=f"{name} is damaged.*Mend or delete it"):
-            run_folder.rows_before(path, 6, "seconds" if name == "log.jsonl" else "completion_ids")
+            run_folder.cut_log(path, 6, "seconds" if name == "log.jsonl" else "completion_ids")
 
 
 @pytest.mark.parametrize("name", adapters.ADAPTER_FILES)

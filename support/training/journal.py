@@ -4,11 +4,14 @@ import math
 import resource
 import sys
 import time
+from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from support.shared.console import progress, say
 from support.shared.files import append_lines, read_json, write_json
@@ -49,9 +52,18 @@ FIGURES = (  # of step_figures, in the order of the log
 )
 PHASES = ("rollout", "passes", "update")
 REDRAW_SECONDS = 20
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito
+PANELS = (  # of curves.png: title, unit, figures
+    ("rollouts", "share (reward: r)", ("correct", "truncated", "reward")),
+    ("completion length", "tokens", ("length",)),
+    ("weights", "mean over tokens", ("gate", "magnitude")),
+    ("teacher evidence \u03b4 by rollout", "nats a token", ("delta_right", "delta_wrong")),
+    ("teacher entropy", "nats", ("entropy", "entropy_max")),
+    ("gradient before clipping", "norm", ("grad_norm",)),
+)
 
 
-def open_journal(out: Path, rows: list[dict], settings: dict, start: int) -> SimpleNamespace:
+def open_journal(out: Path, rows: Iterable[dict], settings: dict, start: int) -> SimpleNamespace:
     """What record_step needs; `rows` are those of the log so far, `start` the first to come."""
     bar = progress(total=settings["steps"], initial=start, desc="train", unit="step")
     wandb = None
@@ -59,14 +71,31 @@ def open_journal(out: Path, rows: list[dict], settings: dict, start: int) -> Sim
         import wandb
 
         wandb.init(project=settings["wandb"], dir=str(out), config=settings)
-    return SimpleNamespace(
+    # Of each step what the curves show, 8 bytes a figure: a long run must not fill the memory.
+    curves = {"step": array("d")}
+    for _, _, names in PANELS:
+        for name in names:
+            curves[name] = array("d")
+    journal = SimpleNamespace(
         out=out,
-        rows=rows,
+        curves=curves,
+        seconds=dict.fromkeys(PHASES, 0.0),
         bar=bar,
         wandb=wandb,
         max_grad_norm=settings["max_grad_norm"],
         max_length=settings["max_length"],
     )
+    for row in rows:
+        remember(journal, row)
+    return journal
+
+
+def remember(journal: SimpleNamespace, row: dict) -> None:
+    """What curves.png and summary.json will need of a line of the log."""
+    for name, values in journal.curves.items():
+        values.append(math.nan if row[name] is None else row[name])
+    for name in PHASES:
+        journal.seconds[name] += row["seconds"][name]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,12 +216,12 @@ def record_step(
         kept.append({key: r[key] for key in ROLLOUT_KEYS})
     append_lines(journal.out / "rollouts.jsonl", kept)
     append_lines(journal.out / "log.jsonl", [row])
-    journal.rows.append(row)
+    remember(journal, row)
     if journal.wandb:
         journal.wandb.log(row, step=row["step"])
     curves = journal.out / "curves.png"
     if redraw or not curves.exists() or time.time() - curves.stat().st_mtime > REDRAW_SECONDS:
-        draw_curves(curves, journal.rows, journal.max_grad_norm)
+        draw_curves(curves, journal.curves, journal.max_grad_norm)
     warn(row, rollouts, journal.max_length)
 
 
@@ -224,7 +253,7 @@ def write_summary(
     if steps is not None:
         seconds = {}
         for name in PHASES:
-            seconds[name] = round(sum(row["seconds"][name] for row in journal.rows), 1)
+            seconds[name] = round(journal.seconds[name], 1)
         seconds["total"] = round(time.perf_counter() - began, 1)
         summary = {**summary, "steps": steps, "seconds": seconds}
     write_json(journal.out / "summary.json", summary)
@@ -236,43 +265,30 @@ def write_summary(
                 say(f"{when:<8} {scores['accuracy']:>7.1f} % {scores['length']:>8.1f}")
 
 
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito
-PANELS = (  # title, unit, figures
-    ("rollouts", "share (reward: r)", ("correct", "truncated", "reward")),
-    ("completion length", "tokens", ("length",)),
-    ("weights", "mean over tokens", ("gate", "magnitude")),
-    ("teacher evidence \u03b4 by rollout", "nats a token", ("delta_right", "delta_wrong")),
-    ("teacher entropy", "nats", ("entropy", "entropy_max")),
-    ("gradient before clipping", "norm", ("grad_norm",)),
-)
-
-
 MOST_POINTS = 500  # of a curve: drawing a long log takes no longer than a short one
 
 
-def thin(values: list[float]) -> list[float]:
+def thin(values: array) -> Tensor:
     """Means of consecutive values, without NaN among them; the values themselves while few."""
-    width = math.ceil(len(values) / MOST_POINTS)
+    points = torch.tensor(values, dtype=torch.float64)
+    width = math.ceil(len(points) / MOST_POINTS)
     if width <= 1:
-        return values
-    thinned = []
-    for start in range(0, len(values), width):
-        part = [value for value in values[start : start + width] if not math.isnan(value)]
-        thinned.append(sum(part) / len(part) if part else math.nan)
-    return thinned
+        return points
+    whole = pad(points, (0, -len(points) % width), value=math.nan)
+    return whole.view(-1, width).nanmean(1)
 
 
-def draw_curves(path: Path, rows: list[dict], max_grad_norm: float) -> None:
+def draw_curves(path: Path, curves: dict[str, array], max_grad_norm: float) -> None:
     """curves.png: what to watch in a run, redrawn as it goes; of a long one, means over steps."""
     figure, axes = canvas(2, 3, 13, 6.5)
-    steps = thin([row["step"] for row in rows])
+    steps = thin(curves["step"])
     xlabel = "step"
-    if len(steps) < len(rows):
-        xlabel = f"step (means of {len(rows) / len(steps):.0f})"
+    if len(steps) < len(curves["step"]):
+        xlabel = f"step (means of {len(curves['step']) / len(steps):.0f})"
     for axis, (title, unit, names) in zip(axes.flat, PANELS):
         for name, color, dash in zip(names, (BLUE, RED, GREY), ("-", "--", ":")):
-            values = [math.nan if row[name] is None else row[name] for row in rows]
-            axis.plot(steps, thin(values), dash, color=color, label=name.replace("_", " "))
+            values = thin(curves[name])
+            axis.plot(steps, values, dash, color=color, label=name.replace("_", " "))
         if names == ("grad_norm",):
             axis.axhline(max_grad_norm, color=RED, linestyle="--", linewidth=1, label="clipped to")
             log_scale(axis)

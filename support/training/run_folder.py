@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,13 +20,13 @@ from torch import Tensor
 from support.shared.adapters import fingerprint
 from support.shared.console import fail, first_line, say
 from support.shared.files import (
-    json_lines,
     lock,
     make_folder,
     read_json,
     write_beside,
     write_json,
     write_text,
+    writing,
 )
 from support.shared.models import model_files
 from support.shared.processes import barrier, gather, rank_and_world
@@ -152,7 +152,9 @@ def adapter_shelf(out: Path, size: int) -> Path:
     return folder
 
 
-def clear_run(out: Path, checkpoint: Path | None, step: int, files: dict[str, str]) -> list[dict]:
+def clear_run(
+    out: Path, checkpoint: Path | None, step: int, files: dict[str, str]
+) -> Iterable[dict]:
     """Delete what this run does not go on from, then write `files`. -> rows of the log that stay.
 
     For when all that the run needs is loaded: an engine that does not start must not cost the run
@@ -169,17 +171,14 @@ def clear_run(out: Path, checkpoint: Path | None, step: int, files: dict[str, st
     for path in out.glob(".step_*"):
         if re.fullmatch(r"\.step_\d+", path.name):
             shutil.rmtree(path)  # half-written ones too
-    rows = []
     for name, key in (("rollouts.jsonl", "completion_ids"), ("log.jsonl", "seconds")):
-        rows = rows_before(out / name, step, key)
-        write_text(out / name, json_lines(rows))
-        steps = len({row["step"] for row in rows})
+        steps = cut_log(out / name, step, key)
         if steps < step:
             say(
                 f"{out}/{name} HAS ONLY {steps} OF THE {step} STEPS of the checkpoint: somebody "
                 "shortened it"
             )
-    return rows
+    return log_rows(out / "log.jsonl")
 
 
 def hide_old_run(out: Path) -> None:
@@ -192,28 +191,39 @@ def hide_old_run(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def rows_before(path: Path, step: int, key: str) -> list[dict]:
-    """The rows of earlier steps, without what came after the checkpoint or half a line.
+def cut_log(path: Path, step: int, key: str) -> int:
+    """Cut off half a line, and what came after the checkpoint. -> steps that the file now holds.
 
-    Each holds `key`: else it is a line of another file.
+    In place and line by line: a log may be larger than the memory, and the disk may be full. Each
+    line holds `key`: else it is a line of another file.
     """
-    rows = []
-    if not path.exists():
-        return rows
+    steps = set()
+    end = 0
     try:
-        for line in path.read_text("utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue
-            row = json.loads(line)
-            row[key]
-            if row["step"] < step:
-                rows.append(row)
+        with writing(path), path.open("a+b") as file:  # a+: there may be none yet
+            file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                row = json.loads(line)
+                row[key]
+                if row["step"] >= step:
+                    break
+                steps.add(row["step"])
+                end += len(line)
+            file.truncate(end)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         fail(
             f"{path} is damaged: a line is no step ({first_line(error)}). Mend or delete it (the "
             "run goes on without the steps before), or start anew with --overwrite"
         )
-    return rows
+    return len(steps)
+
+
+def log_rows(path: Path) -> Iterator[dict]:
+    with path.open("rb") as file:
+        for line in file:
+            yield json.loads(line)
 
 
 # --------------------------------------------------------------------------------------------------
