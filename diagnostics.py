@@ -67,7 +67,7 @@ from support.diagnosis.token_stats import (
 from support.shared import adapters, engines, models
 from support.shared.console import fail, progress
 from support.shared.data import encode_prompt, fill, load_problems
-from support.shared.files import make_folder, read_json, write_json, write_text
+from support.shared.files import make_folder, read_json, write_json, write_text, write_whole
 from support.shared.options import check_rules
 from support.shared.plots import save_figure
 from support.shared.processes import rank_and_world, start_processes
@@ -330,7 +330,8 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
         fail("the run kept log p at temperature 1, not at --logit_temperature: give --adapter")
     rows, flat, other_logp = run_passes(model, rows, kept, s)
     flat.update(gate_quantities(flat, s))
-    np.savez(out / "tokens.npz", **{name: flat[name] for name in (*MEASURED, *DERIVED)})
+    arrays = {name: flat[name] for name in (*MEASURED, *DERIVED)}
+    write_whole(out / "tokens.npz", lambda beside: np.savez(beside, **arrays))
     text = token_texts(tokenizer, np.unique(flat["token_id"]).tolist())
     student = "the policy that sampled them" if kept else o.adapter or "the base model"
     source = o.rollouts or o.samples or f"sampled now, with the problems of {Path(s.data).name}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from support.shared.console import ROOT, fail
 from support.shared.data import encode_prompt, fill, read_completion
 from support.shared.engines import rollout_seed
-from support.shared.files import lock, make_folder, read_json, unlock, write_json
+from support.shared.files import lock, make_folder, read_json, unlock, write_json, writing
 from support.shared.grading import grade_completions
 from support.shared.processes import first_rank_first
 from support.shared.rows import as_id, as_text, read_rows
@@ -181,14 +181,15 @@ def mend_samples(out: Path) -> None:
     Cut what a kill left half-written, append what other ranks wrote.
     """
     main = out / "samples.jsonl"
-    whole = whole_lines(main)
-    if main.exists() and len(whole) < main.stat().st_size:
-        os.truncate(main, len(whole))
-    # A kill before the unlink repeats lines; read_samples takes a key once.
-    for path in sorted(out.glob("samples-*.jsonl")):
-        with main.open("ab") as file:
-            file.write(whole_lines(path))
-        path.unlink()
+    with writing(main):
+        whole = whole_lines(main)
+        if main.exists() and len(whole) < main.stat().st_size:
+            os.truncate(main, len(whole))
+        # A kill before the unlink repeats lines; read_samples takes a key once.
+        for path in sorted(out.glob("samples-*.jsonl")):
+            with main.open("ab") as file:
+                file.write(whole_lines(path))
+            path.unlink()
 
 
 def whole_lines(path: Path) -> bytes:
@@ -199,7 +200,8 @@ def whole_lines(path: Path) -> bytes:
 def read_samples(out: Path, everything: bool = False) -> dict[tuple, dict]:
     """key -> row of samples.jsonl; texts and token ids only if `everything` is asked for."""
     rows = {}
-    with (out / "samples.jsonl").open("a+b") as file:  # a+: there may be none yet
+    path = out / "samples.jsonl"
+    with writing(path), path.open("a+b") as file:  # a+: there may be none yet
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:

@@ -19,7 +19,7 @@ from support.evaluation.scores import (
     tokens_of,
 )
 from support.shared.console import fail, say
-from support.shared.files import make_folder, read_json, write_json, write_text
+from support.shared.files import make_folder, read_json, remove, write_json, write_text
 from support.shared.options import check_rules
 
 # What the paper's averages, lengths and Eff span.
@@ -62,7 +62,7 @@ def compare(out: Path, folders: tuple[str, ...], published: str) -> None:
 
     make_folder(out)
     draw_frontier(out / "frontier.png", frontier_points(runs, paper, names))
-    (out / "heatmaps.png").unlink(missing_ok=True)  # of an earlier comparison
+    remove(out / "heatmaps.png")  # of an earlier comparison
     draw_heatmaps(out / "heatmaps.png", heatmap_cells(last))
     write_text(out / "table.md", text)
     kept = []

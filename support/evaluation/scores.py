@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support.evaluation.benchmarks import read_samples
 from support.shared.console import fail, say
-from support.shared.files import read_json, write_json, write_text
+from support.shared.files import read_json, remove, write_json, write_text
 
 # --------------------------------------------------------------------------------------------------
 # Statistics: pure functions of samples. Accuracies and shares are in percent, lengths in tokens.
@@ -191,7 +191,7 @@ def report(out: Path) -> None:
     missing = missing_samples(settings, rows)
     if missing:
         for name in ("summary.json", "table.md"):  # of samples that are gone
-            (out / name).unlink(missing_ok=True)
+            remove(out / name)
         say(f"{out} lacks {missing} samples, no table yet. Its command without --regrade goes on")
         return
     scores = run_scores(grouped(rows, lambda row: row["benchmark"]), settings["problems"])

@@ -65,18 +65,32 @@ def read_json(path: Path, default: dict | None = None) -> dict:
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a hidden neighbour, then rename it."""
+    """Let `write` make a hidden neighbour, then rename it; half a file is not left to lie there."""
     beside = path.with_name(f".{path.name}")
-    write(beside)
-    beside.rename(path)
+    try:
+        write(beside)
+        beside.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink()  # it takes room
+        raise
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    with writing(path):
+        write_beside(path, write)
 
 
 def write_text(path: Path, text: str) -> None:
     def write(beside: Path) -> None:
         beside.write_text(text)
 
+    write_whole(path, write)
+
+
+def remove(path: Path) -> None:
     with writing(path):
-        write_beside(path, write)
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:

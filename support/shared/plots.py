@@ -32,9 +32,15 @@ def log_scale(axis) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def save_figure(path: Path, figure, dpi: int = 110) -> None:
+def write_figure(path: Path, figure, dpi: int = 110) -> None:
+    """As a PNG; an OSError where that cannot be."""
+
     def write(beside: Path) -> None:
         figure.savefig(beside, dpi=dpi, format="png")
 
+    write_beside(path, write)
+
+
+def save_figure(path: Path, figure, dpi: int = 110) -> None:
     with writing(path):
-        write_beside(path, write)
+        write_figure(path, figure, dpi)

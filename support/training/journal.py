@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from support.shared.console import progress, say
+from support.shared.console import first_line, progress, say
 from support.shared.files import append_lines, read_json, write_json
-from support.shared.plots import canvas, log_scale, save_figure
+from support.shared.plots import canvas, log_scale, write_figure
 from support.shared.processes import rank_and_world, reduce_
 
 ROLLOUT_KEYS = (
@@ -221,7 +221,10 @@ def record_step(
         journal.wandb.log(row, step=row["step"])
     curves = journal.out / "curves.png"
     if redraw or not curves.exists() or time.time() - curves.stat().st_mtime > REDRAW_SECONDS:
-        draw_curves(curves, journal.curves, journal.max_grad_norm)
+        try:
+            draw_curves(curves, journal.curves, journal.max_grad_norm)
+        except OSError as error:  # a picture must not cost the run
+            say(f"{curves} could not be written ({first_line(error)}): the run goes on without it")
     warn(row, rollouts, journal.max_length)
 
 
@@ -294,4 +297,4 @@ def draw_curves(path: Path, curves: dict[str, array], max_grad_norm: float) -> N
             log_scale(axis)
         axis.set(title=title, xlabel=xlabel, ylabel=unit)
         axis.legend(fontsize=8)
-    save_figure(path, figure)
+    write_figure(path, figure)

@@ -121,7 +121,8 @@ def whole_checkpoint(out: Path) -> Path | None:
         for folder in damaged:
             aside = folder.with_name(f"damaged_{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            with writing(aside):
+                folder.rename(aside)
         say(f"it goes on from {found}, the one before; the others are now damaged_step_*")
     barrier()
     return found
@@ -166,11 +167,12 @@ def clear_run(
     # checkpoint of the old run, that one's.
     for name, text in files.items():
         write_text(out / name, text)
-    if not checkpoint:
-        hide_old_run(out)
-    for path in out.glob(".step_*"):
-        if re.fullmatch(r"\.step_\d+", path.name):
-            shutil.rmtree(path)  # half-written ones too
+    with writing(out):
+        if not checkpoint:
+            hide_old_run(out)
+        for path in out.glob(".step_*"):
+            if re.fullmatch(r"\.step_\d+", path.name):
+                shutil.rmtree(path)  # half-written ones too
     for name, key in (("rollouts.jsonl", "completion_ids"), ("log.jsonl", "seconds")):
         steps = cut_log(out / name, step, key)
         if steps < step:
@@ -361,6 +363,7 @@ def save_checkpoint(
 
     def write(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()  # else PEFT would make a run's folder anew that somebody removed
         save_student(folder)
         save_file(tensors, folder / "trainer.safetensors")
         state = {"step": step, "position": position, "stats": stats, "settings": settings}
