@@ -1,0 +1,77 @@
+"""A log of 100,000 lines: a step, a picture and a start cost what they cost with a short one."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import read_log
+
+from support.training import journal, run_folder
+
+LONG = 100_000
+
+
+def make_logs(folder: Path, whole: Path, steps: int) -> Path:
+    """log.jsonl and a tenth of rollouts.jsonl, of lines as a run writes them."""
+    folder.mkdir()
+    for name, count in (("log.jsonl", steps), ("rollouts.jsonl", steps // 10)):
+        line = (whole / name).read_text().splitlines()[0]
+        assert line.startswith('{"step": 0,')
+        with (folder / name).open("w") as file:
+            for step in range(count):
+                file.write(f'{{"step": {step},{line[11:]}\n')
+    return folder
+
+
+def open_one(out: Path, steps: int):
+    rows = run_folder.clear_run(out, out / f"step_{steps}", steps, {})
+    settings = {"steps": 10 * LONG, "wandb": "", "max_grad_norm": 0.1, "max_length": 256}
+    return journal.open_journal(out, rows, settings, steps)
+
+
+def least(times: int, work) -> float:
+    spent = []
+    for _ in range(times):
+        began = time.process_time()
+        work()
+        spent.append(time.process_time() - began)
+    return min(spent)
+
+
+@pytest.fixture(scope="module")
+def logs(uninterrupted, tmp_path_factory) -> dict[str, tuple[Path, int]]:
+    folder = tmp_path_factory.mktemp("logs")
+    short = make_logs(folder / "short", uninterrupted, 1000)
+    long = make_logs(folder / "long", uninterrupted, LONG)
+    return {"short": (short, 1000), "long": (long, LONG)}
+
+
+def test_steps_and_pictures_take_no_longer_and_the_start_is_in_proportion(
+    logs, uninterrupted
+) -> None:
+    (row,) = read_log(uninterrupted)[:1]
+    row["seconds"] = {"rollout": 1.0, "passes": 1.0, "update": 1.0}
+    found = {}
+    for name, (out, steps) in logs.items():
+        start = least(1, lambda: found.update({name: open_one(out, steps)}))  # noqa: B023
+        book = found[name]
+        draw = least(2, lambda: journal.record_step(book, row, [], redraw=True))  # noqa: B023
+        step = least(30, lambda: journal.record_step(book, row, []))  # noqa: B023
+        assert len(book.curves["step"]) == steps + 32
+        assert sum(map(sys.getsizeof, book.curves.values())) < 150 * steps  # bytes
+        found[name] = start / steps, step, draw
+    print(found)
+    (start_short, step_short, draw_short) = found["short"]
+    (start_long, step_long, draw_long) = found["long"]
+    assert start_long < 2 * start_short + 50e-6  # seconds a line
+    assert step_long < 2 * step_short + 1e-3
+    assert draw_long < 1.5 * draw_short + 0.05
+
+
+def test_a_resume_of_a_long_log_cuts_it_in_place(logs, tmp_path) -> None:
+    out = logs["short"][0]
+    before = (out / "log.jsonl").stat().st_ino
+    assert run_folder.cut_log(out / "log.jsonl", 700, "seconds") == 700
+    assert (out / "log.jsonl").stat().st_ino == before
+    assert [row["step"] for row in read_log(out)] == list(range(700))
