@@ -221,7 +221,14 @@ def open_vllm(
     if device.type == "cuda":
         room = {"gpu_memory_utilization": e.gpu_memory}
     llm = start_vllm(
-        e.model, device, tp, longest, lora_rank, trust_remote_code=e.trust_remote_code, **room
+        e.model,
+        device,
+        tp,
+        longest,
+        lora_rank,
+        trust_remote_code=e.trust_remote_code,
+        load_format="safetensors",  # no pickle is loaded
+        **room,
     )
     from vllm.lora.request import LoRARequest
 
