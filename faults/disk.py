@@ -197,7 +197,7 @@ def try_each(name: str, how: str, every: int, parts: tuple, folder: Path) -> tup
     wanted = leaves(out)
     writes = seen.read_text().splitlines()
     wrong = []
-    tried = range(1, len(writes) + 1, every)
+    tried = range(every, len(writes) + 1, every)
     for first in tried:
         shutil.rmtree(out)
         if first > 1:
@@ -345,7 +345,8 @@ def try_to_disturb(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=["train", "eval", "diagnose"])
+    parser.add_argument("--only", nargs="*", choices=["train", "eval", "diagnose"], default=[])
+    parser.add_argument("--how", nargs="*", choices=["open", "write"], default=["open", "write"])
     parser.add_argument("--every", type=int, default=1, help="only every N-th write")
     parser.add_argument("--disks", type=int, default=20, help="RAM disks of growing size")
     parser.add_argument("--disturb", type=int, default=6, help="read-only disks, removed folders")
@@ -363,8 +364,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         for name, parts in programs(folder).items():
-            if given.only in (None, name):
-                for how in ("open", "write"):
+            if name in given.only or not given.only:
+                for how in given.how:
                     found = try_each(name, how, given.every, parts, folder)
                     report(f"{name}, {how}", found)
                 if real and given.disks:
