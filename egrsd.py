@@ -994,9 +994,10 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
         clock.append(processes.enter("saving"))
 
         halt = any(processes.gather(run.stopped))  # the ranks may see a signal in different steps
-        save = halt or (step + 1) % s.save_every == 0 or step + 1 == s.steps
+        last = halt or step + 1 == s.steps
+        save = last or (step + 1) % s.save_every == 0
         row = journal.log_row(step, rollouts, skipped, figures, clock, run.device)
-        journal.record_step(run.journal, row, rollouts, redraw=save)
+        journal.record_step(run.journal, row, rollouts, redraw=last)
         if save:
             save_run(run, step + 1, s)
         if halt:

@@ -84,9 +84,7 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_exactly(
 ) -> None:
     out = tmp_path / "run"
     process = start(*SMALL, *STEPS, "--save_every", 100, "--out", out, nproc=nproc)
-    wait_for(
-        lambda: lines(out / "log.jsonl") >= 1 and (out / "curves.png").exists(), process
-    )  # no checkpoint yet
+    wait_for(lambda: lines(out / "log.jsonl") >= 1, process)  # no checkpoint yet
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     assert (

@@ -51,7 +51,7 @@ FIGURES = (  # of step_figures, in the order of the log
     "entropy_max",
 )
 PHASES = ("rollout", "passes", "update")
-REDRAW_SECONDS = 20
+CURVES_SHARE = 0.02  # of the time: drawing takes about a second, as long as a small step
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito
 PANELS = (  # of curves.png: title, unit, figures
     ("rollouts", "share (reward: r)", ("correct", "truncated", "reward")),
@@ -84,6 +84,8 @@ def open_journal(out: Path, rows: Iterable[dict], settings: dict, start: int) ->
         wandb=wandb,
         max_grad_norm=settings["max_grad_norm"],
         max_length=settings["max_length"],
+        drawn=time.perf_counter(),
+        drawing=1.0,  # seconds; measured from the first time on
     )
     for row in rows:
         remember(journal, row)
@@ -204,7 +206,10 @@ def peak_memory(device: torch.device) -> int:
 def record_step(
     journal: SimpleNamespace, row: dict, rollouts: list[dict], redraw: bool = False
 ) -> None:
-    """Add the step to the files of the run, and say what a user should not miss."""
+    """Add the step to the files of the run, and say what a user should not miss.
+
+    The curves are drawn where `redraw` says so, and now and then as the run goes.
+    """
     journal.bar.update()
     journal.bar.set_postfix(
         reward=f"{row['reward']:.2f}", right=f"{row['correct']:.0%}", length=f"{row['length']:.0f}"
@@ -219,12 +224,15 @@ def record_step(
     remember(journal, row)
     if journal.wandb:
         journal.wandb.log(row, step=row["step"])
-    curves = journal.out / "curves.png"
-    if redraw or not curves.exists() or time.time() - curves.stat().st_mtime > REDRAW_SECONDS:
+    began = time.perf_counter()
+    if redraw or journal.drawing < CURVES_SHARE * (began - journal.drawn):
+        curves = journal.out / "curves.png"
         try:
             draw_curves(curves, journal.curves, journal.max_grad_norm)
         except OSError as error:  # a picture must not cost the run
             say(f"{curves} could not be written ({first_line(error)}): the run goes on without it")
+        journal.drawn = time.perf_counter()
+        journal.drawing = journal.drawn - began
     warn(row, rollouts, journal.max_length)
 
 
