@@ -18,17 +18,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import egrsd  # noqa: E402
+from bench import shapes  # noqa: E402
 from support.shared import engines, models, sizes  # noqa: E402
 from support.shared.options import make_parser, opt  # noqa: E402
 from support.training import opening  # noqa: E402
 
-# Their configurations on the hub: d, MLP width, layers, query heads, is the head the embedding?
-MODELS = {
-    "qwen3-4b": (2_560, 9_728, 36, 32, True),
-    "qwen3-8b": (4_096, 12_288, 36, 32, False),
-    "qwen3-14b": (5_120, 17_408, 40, 40, False),
-    "qwen3-32b": (5_120, 25_600, 64, 64, False),
-}
+MODELS = ("qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +60,10 @@ class Options:
 
 def skeleton_of(name: str):
     """The model on the meta device: shapes, no numbers."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoModelForCausalLM
 
-    hidden, mlp, layers, heads, tied = MODELS[name]
-    config = Qwen3Config(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151_936,
-        tie_word_embeddings=tied,
-    )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(shapes.config_of(name))
 
 
 # --------------------------------------------------------------------------------------------------
