@@ -2,6 +2,8 @@
 
     python bench/limits.py --model qwen3-8b --gpu h100 --gpus 8    # the phases of one step
     python bench/limits.py --table                                 # the table of docs/gpu.md
+    python bench/limits.py --run runs/qwen3-8b                     # what a run took, beside that
+    python bench/limits.py --run runs/tiny --tflops 0.1 --gbps 20  # on a CPU
 
 Decoding reads all weights and the cache once for each token; the passes are FLOPs at a share --mfu
 of the peak; memory is the program's own estimate. Grading, the push, Python and waiting for the
@@ -9,7 +11,9 @@ longest rollout come on top, so that a real step is slower than this.
 """
 
 import dataclasses
+import json
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -19,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import egrsd  # noqa: E402
 from bench import shapes  # noqa: E402
-from support.shared import engines, models, sizes  # noqa: E402
+from support.shared import console, data, engines, models, sizes  # noqa: E402
 from support.shared.options import make_parser, opt  # noqa: E402
 from support.training import opening  # noqa: E402
 
@@ -49,8 +53,11 @@ GPUS = {
 @dataclasses.dataclass
 class Options:
     model: str = opt("what", "qwen3-8b", "its shape alone is needed", *MODELS)  # section 5.1
-    gpu: str = opt("what", "h100", "whose data sheet counts", *GPUS)  # ours
+    gpu: str = opt("what", "", "whose data sheet counts; h100, or the run's own", *GPUS)  # ours
     gpus: int = opt("what", 8, "of one machine")  # Table A1
+    run: str = opt("what", "", "a run's folder: what it took, beside its limits")  # ours
+    tflops: float = opt("what", 0.0, "peak of another device, for --run; with --gbps")  # ours
+    gbps: float = opt("what", 0.0, "GB/s of its memory")  # ours
     table: bool = opt("what", False, "all models and sizes of GPU, as Markdown")  # ours
     student_prompt: int = opt("tokens", 200, "of the student's prompt")  # ours
     teacher_prompt: int = opt("tokens", 900, "of the teacher's, with the reference")  # ours
@@ -156,12 +163,13 @@ def chosen_settings() -> dict[str, object]:
 
 def show_phases(o: Options) -> None:
     m, tp, estimate = estimator_of(o.model, o.gpus)
-    gpu = GPUS[o.gpu]
+    card = o.gpu or "h100"
+    gpu = GPUS[card]
     chosen = chosen_settings()
     way = opening.find_way(estimate, chosen, gpu.gib)
     if way is not None:
         chosen.update(opening.WAYS_TO_FIT[way])
-    print(f"{o.model} on {o.gpus} x {o.gpu}, {tp} of them share an engine. All of it computed.")
+    print(f"{o.model} on {o.gpus} x {card}, {tp} of them share an engine. All of it computed.")
     print(f"options that make it fit: {'none does' if way is None else way or 'none needed'}")
     print("GiB a GPU:")
     for name, size in estimate(**chosen).items():
@@ -199,10 +207,179 @@ def table_cell(m: sizes.Sizes, tp: int, estimate, gpu: Gpu, o: Options) -> str:
     return f"{cell}, {seconds['step']:.1f} s"
 
 
+# --------------------------------------------------------------------------------------------------
+# A run that was measured, beside what it needed at least
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def gpu_of(o: Options, device: str) -> tuple[str, Gpu]:
+    """By --tflops and --gbps, by --gpu, or by the name of the run's device."""
+    if o.tflops and o.gbps:
+        return f"{o.tflops} TFLOP/s, {o.gbps} GB/s", Gpu(0, o.tflops, o.gbps / 1e3, 0, 0)
+    name = device.lower().replace(" ", "")
+    found = o.gpu or next((gpu for gpu in GPUS if gpu in name), "")
+    if not found:
+        console.fail(
+            f"the run's device is {device!r}, which has no data sheet here: name one with --gpu, "
+            "or its peak and its memory's bandwidth with --tflops X --gbps Y"
+        )
+    return found, GPUS[found]
+
+
+def lengths_of(run: Path, settings: dict) -> dict[int, list[tuple[int, int, int]]]:
+    """step -> (student's prompt, teacher's prompt, completion) of each rollout, in tokens."""
+    tokenizer = models.load_tokenizer(settings["model"], settings["trust_remote_code"])
+    teacher = {}  # problem id -> tokens
+    steps = {}
+    for r in rows_of(run / "rollouts.jsonl"):
+        if r["id"] not in teacher:
+            text = data.fill(settings["teacher_prompt"], r)
+            teacher[r["id"]] = len(data.encode_prompt(tokenizer, text, settings["thinking"]))
+        lengths = len(r["prompt_ids"]), teacher[r["id"]], len(r["completion_ids"])
+        steps.setdefault(r["step"], []).append(lengths)
+    return steps
+
+
+def decode_work(
+    m: sizes.Sizes, rows: list[tuple[int, int, int]], engines_there: int, width: int
+) -> tuple[float, float]:
+    """Bytes and FLOPs of the engine with most of them: what its ranks read and do together.
+
+    Each token of the longest rollout reads all weights once; each row, at each of its tokens, its
+    own cache up to there. A number is `width` bytes.
+    """
+    each = []
+    for first in range(engines_there):
+        mine = rows[first::engines_there]
+        longest = max(completion for _, _, completion in mine)
+        read = longest * width * (m.base - m.embedding + m.adapter)
+        work = 0
+        for prompt, _, completion in mine:
+            seen = completion * prompt + completion * (completion - 1) / 2
+            read += seen * width * 2 * m.layers * m.keys
+            work += 2 * completion * (m.linear + m.adapter + m.vocab * m.hidden)
+            work += forward_flops(m, prompt, True)
+        each.append((read, work))
+    return max(each)
+
+
+def passes_flops(m: sizes.Sizes, rows: list[tuple[int, int, int]]) -> int:
+    """Model FLOPs of both passes: without pads, and without what checkpointing does again."""
+    total = 0
+    for prompt, teacher_prompt, completion in rows:
+        total += forward_flops(m, teacher_prompt + completion, False)
+        total += forward_flops(m, prompt + completion, True)
+        total += backward_flops(m, prompt + completion)
+        total += head_flops(m, completion, 3)  # the teacher's product and the student's two
+    return total
+
+
+def analyse_run(run: Path, o: Options) -> dict[str, float | str]:
+    """Medians over the steps, but for the first: seconds, the least seconds, and their shares."""
+    for name in ("settings.json", "versions.json", "log.jsonl", "rollouts.jsonl"):
+        if not (run / name).exists():
+            console.fail(f"--run {run}: there is no {name} in it; it takes the folder of a run")
+    settings = json.loads((run / "settings.json").read_text())
+    about = json.loads((run / "versions.json").read_text())
+    method = settings.get("method", "egrsd")
+    if method not in ("egrsd", "rlsd"):
+        console.fail(f"--run {run}: its method is {method}, whose passes are not counted here")
+    card, gpu = gpu_of(o, about["device"])
+    on_cpu = about["device"].endswith("CPU")
+    targets = models.layer_names(settings["lora_targets"])
+    skeleton = models.load_skeleton(settings["model"], settings["trust_remote_code"])
+    m = sizes.sizes_of(skeleton, targets, settings["lora_r"])
+    world = about["processes"]
+    tp = about["tensor_parallel"]
+    lengths = lengths_of(run, settings)
+
+    columns = {}
+    log = rows_of(run / "log.jsonl")
+    for row in log[1:] or log:  # the first step compiles and allocates
+        rows = lengths[row["step"]]
+        read, work = decode_work(m, rows, world // tp, 4 if on_cpu else 2)
+        # Both are the sum over the engine's `tp` ranks.
+        bytes_least = read / tp / (gpu.tb_s * 1e12)
+        work_least = work / tp / (gpu.tflops * 1e12)
+        flops = passes_flops(m, rows) / world
+        values = {
+            "rollout": row["seconds"]["rollout"],
+            "passes": row["seconds"]["passes"],
+            "update": row["seconds"]["update"],
+            "rollout_least": max(bytes_least, work_least),
+            "passes_least": flops / (gpu.tflops * 1e12),
+            "update_least": 7 * 4 * m.adapter / (gpu.tb_s * 1e12),
+            "decode_share": bytes_least / row["seconds"]["rollout"],
+            "mfu": flops / row["seconds"]["passes"] / (gpu.tflops * 1e12),
+            "longest": max(c for _, _, c in rows) / statistics.mean(c for _, _, c in rows),
+        }
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    found = {name: statistics.median(column) for name, column in columns.items()}
+    found.update(steps=len(log), card=card, device=about["device"], world=world, tp=tp)
+    found["advice"] = what_first(found, settings, about["engine"])
+    return found
+
+
+def what_first(found: dict, settings: dict, engine: str) -> str:
+    """A sentence for the phase that loses most against its limit."""
+    losses = {
+        name: found[name] - found[f"{name}_least"] for name in ("rollout", "passes", "update")
+    }
+    worst = max(losses, key=losses.get)
+    share = losses[worst] / sum(found[name] for name in losses)
+    sentence = f"The {worst} could lose {losses[worst]:.2g} s, {share:.0%} of the step: "
+    if worst == "update":
+        return sentence + (
+            "pushing the adapter is most of it. Look at the RAM disk (/dev/shm must have twice the "
+            "adapter's size free), then at --lora_r"
+        )
+    if worst == "passes":
+        if settings["gradient_checkpointing"]:
+            return sentence + "leave --gradient_checkpointing off if the memory allows it"
+        return sentence + (
+            "raise --micro_batch_tokens as far as the memory allows, then try --attn "
+            "flash_attention_2"
+        )
+    if engine.startswith("hf"):
+        return sentence + "transformers' generate waits for Python: install vLLM, --engine vllm"
+    if found["tp"] < found["world"]:
+        return sentence + "let more GPUs share an engine, --rollout_tp"
+    if found["longest"] > 2:
+        return sentence + (
+            f"the longest rollout is {found['longest']:.1f} times the mean, and all wait for it: "
+            "lower --max_completion, or take a larger --batch_size"
+        )
+    return sentence + (
+        "with so few sequences the engine waits for its launches. Take a larger --batch_size, and "
+        "see bench/overheads.py for what is no decoding"
+    )
+
+
+def show_run(o: Options) -> None:
+    found = analyse_run(Path(o.run), o)
+    print(f"{o.run}: {found['steps']} steps on {found['world']} x {found['device']}")
+    print(f"against {found['card']}; medians over the steps but the first\n")
+    print("| phase | s | at least, s | share |")
+    print("|---|---|---|---|")
+    for name in ("rollout", "passes", "update"):
+        least = found[f"{name}_least"]
+        print(f"| {name} | {found[name]:.3f} | {least:.3g} | {least / found[name]:.1%} |")
+    print(f"\nmodel FLOP utilisation of the passes: {found['mfu']:.1%}")
+    print(f"share of the memory's bandwidth while rolling out: {found['decode_share']:.1%}")
+    print("(the rollout's seconds hold the data and the grading, the update's the push)")
+    print(f"\n{found['advice']}")
+
+
 def main() -> None:
     parser = make_parser(Options, "bench/limits.py", __doc__)
     o = Options(**vars(parser.parse_args()))
-    if o.table:
+    if o.run:
+        show_run(o)
+    elif o.table:
         show_table(o)
     else:
         show_phases(o)

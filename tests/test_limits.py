@@ -1,6 +1,8 @@
 """bench/limits.py: its FLOPs against torch's counter, its seconds against a calculation by hand."""
 
+import dataclasses
 import importlib.util
+import json
 import re
 
 import pytest
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import egrsd
 from support.shared import models, sizes
+from support.shared.data import encode_prompt
 
 spec = importlib.util.spec_from_file_location("limits", ROOT / "bench" / "limits.py")
 limits = importlib.util.module_from_spec(spec)
@@ -97,3 +100,76 @@ def test_the_table_of_the_docs_is_what_the_program_prints() -> None:
     assert "\n".join(rows) in (ROOT / "docs" / "gpu.md").read_text()
     output = run(str(ROOT / "bench" / "limits.py"), "--model", "qwen3-8b", "--gpu", "h100")
     assert "All of it computed" in output and re.search(r"decode +\d", output)
+
+
+@pytest.fixture
+def measured_run(tmp_path):
+    """A run of two processes and two steps of the tiny model, with lengths that are easy to add."""
+    settings = dataclasses.asdict(egrsd.parse_settings(["--preset", "tiny"]))
+    about = {
+        "device": "x86_64 CPU",
+        "processes": 2,
+        "tensor_parallel": 1,
+        "engine": "vllm (asked for)",
+    }
+    seconds = {"rollout": 0.5, "passes": 0.25, "update": 0.001}
+    log = [{"step": 0, "seconds": dict.fromkeys(seconds, 99)}, {"step": 1, "seconds": seconds}]
+    rollouts = []
+    for step in (0, 1):
+        for tokens in (30, 10, 20, 40):
+            rollouts.append(
+                {
+                    "step": step,
+                    "id": "a",
+                    "problem": "Compute 1 #1 +6 .",
+                    "solution": "#1 1 +6 = 7",
+                    "prompt_ids": [3] * 8,
+                    "completion_ids": [4] * tokens,
+                }
+            )
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "versions.json").write_text(json.dumps(about))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rollouts))
+    return tmp_path
+
+
+def test_a_run_against_its_limits_by_hand(measured_run, tokenizer) -> None:
+    o = limits.Options(run=str(measured_run), tflops=0.05, gbps=10)
+    found = limits.analyse_run(measured_run, o)
+    # tiny: d 96, MLP 288, 2 layers, 128 wide queries, 64 wide keys, V 72, tied; rank 16
+    layer = 96 * 128 + 2 * 96 * 64 + 128 * 96 + 3 * 96 * 288
+    norms = 2 * (2 * 96 + 2 * 32) + 96
+    pairs = (96 + 128) + 2 * (96 + 64) + (128 + 96) + 3 * (96 + 288)
+    linear, head, adapter = 2 * layer, 72 * 96, 2 * 16 * pairs
+    # Engine 1 has the rollouts of 10 and 40 tokens: 40 reads of all weights, in float32, and each
+    # of its tokens reads its row's keys and values up to there.
+    read = 40 * 4 * (linear + norms + head + adapter)
+    seen = sum(8 + t for t in range(10)) + sum(8 + t for t in range(40))
+    read += seen * 4 * 2 * 2 * 64
+    assert found["decode_share"] == pytest.approx(read / 10e9 / 0.5)
+
+    text = "Compute 1 #1 +6 . Reference : #1 1 +6 = 7 Solve it in your own way ."
+    teacher = len(encode_prompt(tokenizer, text, False))
+    flops = 0
+    for tokens in (30, 10, 20, 40):
+        whole, short = teacher + tokens, 8 + tokens
+        flops += 2 * whole * linear + 4 * 2 * 128 * whole**2
+        flops += 2 * short * (linear + adapter) + 4 * 2 * 128 * short**2
+        flops += 2 * short * (linear + 2 * adapter) + 10 * 2 * 128 * short**2
+        flops += 3 * 2 * tokens * head
+    assert found["mfu"] == pytest.approx(flops / 2 / 0.25 / 0.05e12)  # half of it on each process
+    assert found["passes_least"] == pytest.approx(flops / 2 / 0.05e12)
+    assert "--rollout_tp" in found["advice"]  # two engines of one process each
+    output = run(str(ROOT / "bench" / "limits.py"), "--run", measured_run, "--gpu", "h100")
+    assert "2 steps on 2 x x86_64 CPU" in output and "against h100" in output
+
+
+def test_what_cannot_be_held_against_a_limit_is_refused_with_a_sentence(measured_run) -> None:
+    with pytest.raises(SystemExit, match="no data sheet.*--tflops X --gbps Y"):
+        limits.analyse_run(measured_run, limits.Options())
+    assert limits.gpu_of(limits.Options(), "NVIDIA H100 80GB HBM3")[0] == "h100"
+    assert limits.gpu_of(limits.Options(), "NVIDIA GeForce RTX 4090")[0] == "rtx4090"
+    (measured_run / "rollouts.jsonl").unlink()
+    with pytest.raises(SystemExit, match="there is no rollouts.jsonl"):
+        limits.analyse_run(measured_run, limits.Options(gpu="h100"))
