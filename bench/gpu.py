@@ -123,8 +123,9 @@ def call(o: Options, *command: object, processes: int = 1) -> str:
         stderr=subprocess.STDOUT,
     )
     print(done.stdout)
+    name = " ".join(map(str, command[:3]))
     if done.returncode:
-        raise RuntimeError(f"{command[0]} ended with status {done.returncode}")
+        raise RuntimeError(f"{name} ended with status {done.returncode}")
     return done.stdout
 
 
@@ -191,26 +192,35 @@ def part_update(o: Options) -> Rows:
 def part_rollout(o: Options) -> Rows:
     """bench/rollout.py: start, push, decoding."""
     device_of(o)
-    work = work_of(o)
-    found = Path(o.out) / "rollout.json"
-    options = ["--shapes", ",".join(work.shapes), "--folder", Path(o.out) / "models"]
-    options += ["--json", found]
-    if o.rehearse:
-        options += ["--engines", "hf", "--ranks", "8", "--new", 4, "--sequences", "1,2"]
-    else:
-        tps = sorted({1, gpus(o)})
-        options += ["--tps", ",".join(map(str, tps)), "--new", 256]
-    call(o, "bench/rollout.py", *options)
-    results = json.loads(found.read_text())
     rows = []
-    for r in results["results"]:
-        name = f"{r['shape']}, {r['engine']}, rank {r['rank']}, tp {r['tp']}"
-        rows.append((f"{name}: start", f"{r['start']:.1f} s"))
+    found = Path(o.out) / "rollout.json"
+    new = 4 if o.rehearse else 128
+    for number, shape in enumerate(work_of(o).shapes):
+        options = ["--shapes", shape, "--folder", Path(o.out) / "models"]
+        options += ["--new", new, "--repeats", 2, "--json", found]
+        if o.rehearse:
+            options += ["--engines", "hf", "--ranks", 8, "--sequences", "1,2"]
+        else:
+            options += ["--ranks", "64" if number else "16,64"]  # the first shape tells the rest
+            options += ["--tps", ",".join(map(str, sorted({1, gpus(o)})))]
+        call(o, "bench/rollout.py", *options)
+        results = json.loads(found.read_text())
+        for r in results["results"]:
+            rows += rollout_rows(r, new)
+        for reason in results["lacking"]:
+            rows.append((reason, "not measured"))
+    return rows
+
+
+def rollout_rows(r: dict, new: int) -> Rows:
+    name = f"{r['shape']}, {r['engine']}, rank {r['rank']}, {r['tp']} share"
+    rows = [(f"{name}: start", f"{r['start']:.1f} s")]
+    if "parts" in r:
         rows.append((f"{name}: push of {r['adapter_mb']:.0f} MB", f"{r['push']:.3f} s"))
-        for how, seconds in r["decode"].items():
-            tokens = int(how.split(",")[0]) * (4 if o.rehearse else 256)
-            rows.append((f"{name}: {how}", f"{tokens / seconds:.0f} tokens/s"))
-    return rows + [(reason, "not measured") for reason in results["lacking"]]
+    for how, seconds in r["decode"].items():
+        tokens = int(how.split(",")[0]) * new
+        rows.append((f"{name}: {how}", f"{tokens / seconds:.0f} tokens/s"))
+    return rows
 
 
 def part_canary(o: Options) -> Rows:
@@ -317,8 +327,11 @@ def settings(*options: object) -> egrsd.Settings:
     return egrsd.parse_settings(list(map(str, options)))
 
 
-def in_words(seconds: float | None) -> str:
-    return "out of memory" if seconds is None else f"{1000 * seconds:.1f} ms"
+def in_words(seconds: float | None, peak: float = 0.0) -> str:
+    """Milliseconds, and where it was measured the peak in GiB."""
+    if seconds is None:
+        return "out of memory"
+    return f"{1000 * seconds:.1f} ms" + (f", peak {peak:.1f} GiB" if peak else "")
 
 
 def part_passes(o: Options) -> Rows:
@@ -405,7 +418,7 @@ def part_sweep(o: Options) -> Rows:
         for budget in work.budgets:
             s = settings("--micro_batch_tokens", budget)
             seconds, peak, _ = measure_passes(model, rollouts, s, o)
-            figure = f"{in_words(seconds)}, peak {peak:.1f} GiB"
+            figure = in_words(seconds, peak)
             rows.append((f"{shape}: passes, micro_batch_tokens {budget}", figure))
         del model
     return rows
@@ -426,7 +439,7 @@ def part_attention(o: Options) -> Rows:
         s = settings("--attn", attn)
         model = student_of(shape, device, s)
         seconds, peak, gradient = measure_passes(model, rollouts, s, o)
-        figure = f"{in_words(seconds)}, peak {peak:.1f} GiB"
+        figure = in_words(seconds, peak)
         if first is None:
             first = gradient
         elif gradient is not None:
