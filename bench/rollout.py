@@ -251,9 +251,10 @@ def main() -> None:
                 print(f"{name}: {reason}", flush=True)
             else:
                 results.append(found)
-                print(f"{name}: start {found['start']:.1f} s", flush=True)
-    if o.json:
-        Path(o.json).write_text(json.dumps({"results": results, "lacking": lacking}) + "\n")
+                print(f"{name}: {json.dumps(found)}", flush=True)
+            if o.json:  # after each case: what is there stays, whatever comes
+                both = {"results": results, "lacking": lacking}
+                Path(o.json).write_text(json.dumps(both) + "\n")
     if not results:
         console.fail("no case could be measured: the lines above say why")
     show(results, o)

@@ -12,6 +12,7 @@ from helpers import CPU, ROOT, SMALL, run
 
 import egrsd
 from bench import gpu, shapes
+from support.training import journal
 
 
 def rehearsal(tmp_path, part: str = "") -> gpu.Options:
@@ -102,3 +103,26 @@ def test_a_random_model_is_made_once_and_is_the_limits_shape(tmp_path) -> None:
     assert sum(p.numel() for p in egrsd.models.load_skeleton(str(folder)).parameters()) == sum(
         p.numel() for p in model.parameters()
     )
+
+
+def test_curves_take_a_fiftieth_of_the_time_and_are_drawn_at_the_end(tmp_path, monkeypatch) -> None:
+    now = 0.0
+    drawn = []
+
+    def draw(path, rows, norm) -> None:
+        nonlocal now
+        now += 2.0  # seconds: of a slow machine
+        drawn.append(len(rows))
+
+    monkeypatch.setattr(journal, "draw_curves", draw)
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: now)
+    settings = {"steps": 400, "wandb": "", "max_grad_norm": 0.1, "max_length": 256}
+    notebook = journal.open_journal(tmp_path, [], settings, 0)
+    row = {"reward": 1.0, "correct": 1.0, "length": 9.0, "skipped_prompts": []}
+    rollout = dict.fromkeys(journal.ROLLOUT_KEYS, 1)
+    for step in range(400):
+        now += 1.0
+        journal.record_step(notebook, {**row, "step": step}, [rollout], redraw=step == 399)
+    notebook.bar.close()
+    assert drawn[0] < 60 and drawn[-1] == 400  # the first soon, the last whatever it costs
+    assert 4 <= len(drawn) <= 6  # 2 s each of 400
