@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from bench import limits, shapes  # noqa: E402
 from support.shared import console, models, sizes  # noqa: E402
 from support.shared.options import make_parser, opt  # noqa: E402
 
-Rows = list[tuple[str, str]]  # what, figure: lines of the table
+Rows = Iterator[tuple[str, str]]  # what, figure: lines of the table, as they come
 
 
 @dataclasses.dataclass
@@ -137,21 +137,19 @@ def part_tests(o: Options) -> Rows:
     """pytest -m gpu, in bfloat16."""
     device_of(o)
     output = call(o, "-m", "pytest", "-m", "gpu", "-rs", "tests/test_gpu.py")
-    return [("tests with a GPU", re.findall(r"\d+ (?:passed|skipped).* in ", output)[-1][:-4])]
+    yield "tests with a GPU", re.findall(r"\d+ (?:passed|skipped).* in ", output)[-1][:-4]
 
 
 def part_engine(o: Options) -> Rows:
     """vLLM starts, and the adapter that is pushed reaches it: a run of no steps."""
     device_of(o)
     needs_vllm()
-    rows = []
     for shape in work_of(o).shapes:
         began = time.perf_counter()
         output = call(o, *run_options(shape, o, 0), "--engine", "vllm", processes=gpus(o))
         seconds = time.perf_counter() - began
-        rows.append((f"{shape}: imports, load, engine, probe", f"{seconds:.0f} s"))
-        rows.append((f"{shape}: probe", re.findall(r"reached the engine: (.*)", output)[0]))
-    return rows
+        yield f"{shape}: imports, load, engine, probe", f"{seconds:.0f} s"
+        yield f"{shape}: probe", re.findall(r"reached the engine: (.*)", output)[0]
 
 
 def run_options(shape: str, o: Options, steps: int) -> list[object]:
@@ -168,7 +166,6 @@ def part_update(o: Options) -> Rows:
     device = device_of(o)
     if not (ROOT / "bench" / "update.py").exists():
         raise Skipped("bench/update.py is not there")
-    rows = []
     for shape in work_of(o).shapes:
         options = ["--device", device.type, "--shape", shape]
         options += ["--completion", 1_024, "--student_prompt", 200, "--teacher_prompt", 900]
@@ -185,14 +182,12 @@ def part_update(o: Options) -> Rows:
                 names = cells
             elif "---" not in line:
                 figures = [f"{n} {c}" for n, c in zip(names[1:], cells[1:]) if c]
-                rows.append((f"{shape}: {cells[0]}", ", ".join(figures)))
-    return rows
+                yield f"{shape}: {cells[0]}", ", ".join(figures)
 
 
 def part_rollout(o: Options) -> Rows:
     """bench/rollout.py: start, push, decoding."""
     device_of(o)
-    rows = []
     found = Path(o.out) / "rollout.json"
     new = 4 if o.rehearse else 128
     for number, shape in enumerate(work_of(o).shapes):
@@ -206,21 +201,19 @@ def part_rollout(o: Options) -> Rows:
         call(o, "bench/rollout.py", *options)
         results = json.loads(found.read_text())
         for r in results["results"]:
-            rows += rollout_rows(r, new)
+            yield from rollout_rows(r, new)
         for reason in results["lacking"]:
-            rows.append((reason, "not measured"))
-    return rows
+            yield reason, "not measured"
 
 
 def rollout_rows(r: dict, new: int) -> Rows:
     name = f"{r['shape']}, {r['engine']}, rank {r['rank']}, {r['tp']} share"
-    rows = [(f"{name}: start", f"{r['start']:.1f} s")]
+    yield f"{name}: start", f"{r['start']:.1f} s"
     if "parts" in r:
-        rows.append((f"{name}: push of {r['adapter_mb']:.0f} MB", f"{r['push']:.3f} s"))
+        yield f"{name}: push of {r['adapter_mb']:.0f} MB", f"{r['push']:.3f} s"
     for how, seconds in r["decode"].items():
         tokens = int(how.split(",")[0]) * new
-        rows.append((f"{name}: {how}", f"{tokens / seconds:.0f} tokens/s"))
-    return rows
+        yield f"{name}: {how}", f"{tokens / seconds:.0f} tokens/s"
 
 
 def part_canary(o: Options) -> Rows:
@@ -233,13 +226,12 @@ def part_canary(o: Options) -> Rows:
     call(o, "egrsd.py", *options, "--overwrite", "--out", out)
     canaries = [row["canary"] for row in limits.rows_of(out / "log.jsonl")]
     spread = f"{statistics.median(canaries):.1e} nats, at most {max(canaries):.1e}"
-    return [(f"tiny, {steps} steps", spread)]
+    yield f"tiny, {steps} steps", spread
 
 
 def part_loop(o: Options) -> Rows:
     """Twenty steps of the real loop, and its phases beside their limits."""
     device_of(o)
-    rows = []
     for shape in work_of(o).shapes:
         call(o, *run_options(shape, o, work_of(o).steps), processes=gpus(o))
         out = Path(o.out) / f"run-{shape}"
@@ -247,13 +239,12 @@ def part_loop(o: Options) -> Rows:
         found = limits.analyse_run(out, card_options(o))
         for phase in ("rollout", "passes", "update"):
             figure = f"{found[phase]:.3f} s, at least {found[f'{phase}_least']:.2g} s"
-            rows.append((f"{shape}: {phase}", figure))
-        rows.append((f"{shape}: MFU of the passes", f"{found['mfu']:.1%}"))
-        rows.append((f"{shape}: bandwidth while rolling out", f"{found['decode_share']:.1%}"))
-        rows.append((f"{shape}: peak memory", f"{max(r['memory_gib'] for r in log):.1f} GiB"))
-        rows.append((f"{shape}: canary", f"{statistics.median(r['canary'] for r in log):.1e} nats"))
-        rows.append((f"{shape}: what first", found["advice"]))
-    return rows
+            yield f"{shape}: {phase}", figure
+        yield f"{shape}: MFU of the passes", f"{found['mfu']:.1%}"
+        yield f"{shape}: bandwidth while rolling out", f"{found['decode_share']:.1%}"
+        yield f"{shape}: peak memory", f"{max(r['memory_gib'] for r in log):.1f} GiB"
+        yield f"{shape}: canary", f"{statistics.median(r['canary'] for r in log):.1e} nats"
+        yield f"{shape}: what first", found["advice"]
 
 
 def card_options(o: Options) -> limits.Options:
@@ -338,30 +329,29 @@ def part_passes(o: Options) -> Rows:
     """Both passes of one GPU's share of a step: seconds, MFU, peak memory and its estimate."""
     device = device_of(o)
     work = work_of(o)
-    rows = []
     _, card = limits.gpu_of(card_options(o), console_name(device))
     for shape in work.shapes:
         rollouts = fixed_rollouts(shape, work)
         lengths = [(work.prompt, work.teacher_prompt, work.completion)] * work.rows
         for name, options in (("", []), (", checkpointing", ["--gradient_checkpointing"])):
             s = settings(*options)
+            model = None  # before the next one is made
             model = student_of(shape, device, s)
             seconds, peak, _ = measure_passes(model, rollouts, s, o)
-            rows.append((f"{shape}{name}: passes", in_words(seconds)))
+            yield f"{shape}{name}: passes", in_words(seconds)
             if seconds is None:
                 continue
             targets = models.layer_names(s.lora_targets)
             skeleton = limits.skeleton_of(shape)
             m = sizes.sizes_of(skeleton, targets, s.lora_r)
             mfu = limits.passes_flops(m, lengths) / seconds / (card.tflops * 1e12)
-            rows.append((f"{shape}{name}: MFU", f"{mfu:.1%}"))
+            yield f"{shape}{name}: MFU", f"{mfu:.1%}"
             estimate = sizes.estimator(skeleton, device, targets, s.lora_r, 0, 0, egrsd.VOCAB_TILE)(
                 s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk
             )
             figure = f"{peak:.1f} GiB; with Adam estimated {estimate['sum']:.1f}"
-            rows.append((f"{shape}{name}: peak", figure))
+            yield f"{shape}{name}: peak", figure
             del model
-    return rows
 
 
 def console_name(device: torch.device) -> str:
@@ -400,7 +390,6 @@ def part_sweep(o: Options) -> Rows:
     """Sizes that change time and memory alone: chunk and tile of the head, micro-batch."""
     device = device_of(o)
     work = work_of(o)
-    rows = []
     for shape in work.shapes:
         head = head_input(shape, work, device)
         for tile in work.tiles:
@@ -411,7 +400,7 @@ def part_sweep(o: Options) -> Rows:
                         lambda c=chunk, h=head: both_heads(h, c), work.repeats, device
                     )
                 figures.append(f"{chunk}: {in_words(one)}")
-            rows.append((f"{shape}: both heads, tile {tile}, by chunk", "; ".join(figures)))
+            yield f"{shape}: both heads, tile {tile}, by chunk", "; ".join(figures)
         del head
         rollouts = fixed_rollouts(shape, work)
         model = student_of(shape, device, settings())
@@ -419,9 +408,8 @@ def part_sweep(o: Options) -> Rows:
             s = settings("--micro_batch_tokens", budget)
             seconds, peak, _ = measure_passes(model, rollouts, s, o)
             figure = in_words(seconds, peak)
-            rows.append((f"{shape}: passes, micro_batch_tokens {budget}", figure))
+            yield f"{shape}: passes, micro_batch_tokens {budget}", figure
         del model
-    return rows
 
 
 def part_attention(o: Options) -> Rows:
@@ -430,11 +418,10 @@ def part_attention(o: Options) -> Rows:
     work = work_of(o)
     shape = work.shapes[0]
     rollouts = fixed_rollouts(shape, work)
-    rows = []
     first = None
     for attn in ("sdpa", "eager", "flash_attention_2"):
         if attn == "flash_attention_2" and not console.installed("flash_attn"):
-            rows.append((f"{shape}: {attn}", "skipped: flash-attn is not installed"))
+            yield f"{shape}: {attn}", "skipped: flash-attn is not installed"
             continue
         s = settings("--attn", attn)
         model = student_of(shape, device, s)
@@ -446,9 +433,8 @@ def part_attention(o: Options) -> Rows:
             figure += (
                 f", gradient {((gradient - first).norm() / first.norm()).item():.1e} from sdpa"
             )
-        rows.append((f"{shape}: {attn}", figure))
+        yield f"{shape}: {attn}", figure
         del model
-    return rows
 
 
 def part_compile(o: Options) -> Rows:
@@ -467,7 +453,7 @@ def part_compile(o: Options) -> Rows:
         got = both_heads(head, chunk)
     apart = max((a - b).abs().max().item() for a, b in zip(got, want))
     figure = f"{in_words(plain)}, compiled {in_words(compiled)}, {apart:.0e} apart"
-    return [(f"{shape}: both heads of {len(head[0])} tokens", figure)]
+    yield f"{shape}: both heads of {len(head[0])} tokens", figure
 
 
 PARTS = {  # in the order of gpu.sh: what everything else needs comes first
@@ -491,9 +477,13 @@ PARTS = {  # in the order of gpu.sh: what everything else needs comes first
 def run_part(o: Options) -> None:
     """Do it, and leave a line; what fails has its traceback on the screen."""
     began = time.perf_counter()
-    result = {"part": o.part, "status": "done", "rows": []}
+    cut = "it did not end: the time limit, or a kill"
+    result = {"part": o.part, "status": "failed", "why": cut, "rows": []}
     try:
-        result["rows"] = PARTS[o.part](o)
+        for row in PARTS[o.part](o):
+            result["rows"].append(row)
+            write_result(o, result)  # what comes after may fail, or take too long
+        result.update(status="done", why="")
     except Skipped as reason:
         result.update(status="skipped", why=str(reason))
     except (Exception, SystemExit) as error:
@@ -505,7 +495,7 @@ def run_part(o: Options) -> None:
     with contextlib.suppress(Skipped):
         result["device"] = console_name(device_of(o))
     write_result(o, result)
-    print(f"{o.part}: {result['status']} {result.get('why', '')}".rstrip())
+    print(f"{o.part}: {result['status']} {result['why']}".rstrip())
     if result["status"] == "failed":
         raise SystemExit(1)
 

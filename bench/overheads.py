@@ -125,8 +125,9 @@ def main() -> None:
         put_clocks(clock)
         egrsd.train(s)
         clock.turn()
+        steps = len((Path(out) / "log.jsonl").read_text().splitlines())  # a signal may end it
         if processes.rank_and_world()[0] == 0:
-            show(clock, clock.since - clock.began, s.steps)
+            show(clock, clock.since - clock.began, steps)
 
 
 if __name__ == "__main__":
