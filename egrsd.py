@@ -384,6 +384,7 @@ def start_vllm(
     on_gpu = device.type == "cuda"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what we ask for
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its authors
     if not on_gpu:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes longer than it saves
     from vllm import LLM

@@ -52,18 +52,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from limits import MODELS  # noqa: E402
+from shapes import SHAPES, config_of  # noqa: E402
 
 import egrsd  # noqa: E402
 from support.shared import models  # noqa: E402
 from support.shared.options import make_parser, opt  # noqa: E402
 
-SHAPES = {  # d, MLP width, layers, query heads, is the head the embedding?
-    "tiny": (64, 192, 2, 4, True),
-    "4-layer": (512, 1_536, 4, 8, True),
-    "qwen3-4b": MODELS["qwen3-4b"],
-    "qwen3-8b": MODELS["qwen3-8b"],
-}
 SAME_LOSS = ("ours", "trl", "full")
 CASES = (*SAME_LOSS, "sdft", "sdpo")
 LENGTHS = (64, 256, 1_024, 4_096)
@@ -112,20 +106,12 @@ def settings_of(o: Options) -> egrsd.Settings:
 
 def make_student(o: Options, s: egrsd.Settings):
     """A Qwen3 with random weights and a random adapter, B included: it differs from its teacher."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoModelForCausalLM
 
     device = device_of(o)
-    hidden, mlp, layers, heads, tied = SHAPES[o.shape]
-    config = Qwen3Config(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=min(heads // 2, 8),
-        head_dim=min(hidden // heads, 128),
-        vocab_size=o.vocab,
-        tie_word_embeddings=tied,
-    )
+    config = config_of(o.shape)
+    config.vocab_size = o.vocab
+    config.eos_token_id = o.vocab - 1
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
@@ -388,7 +374,7 @@ def sdpo(model, rollouts: list[dict], s: egrsd.Settings) -> Run:
     return self_distilled(SDPOTrainer, SDPOConfig, model, rollouts, s)
 
 
-def self_distilled(trainer_of, config_of, model, rollouts: list[dict], s: egrsd.Settings) -> Run:
+def self_distilled(trainer_of, arguments_of, model, rollouts: list[dict], s: egrsd.Settings) -> Run:
     """SDFT or SDPO with their own loss and teacher; the batch comes in the rollout's place."""
     device = models.head_of(model).device
     batch = as_batch(rollouts, device)
@@ -400,7 +386,7 @@ def self_distilled(trainer_of, config_of, model, rollouts: list[dict], s: egrsd.
             return batch
 
     options = trainer_options(rollouts, s, device)
-    config = config_of(**options, num_generations=len(rollouts))
+    config = arguments_of(**options, num_generations=len(rollouts))
     more = tokenizer_and_data()
     if trainer_of.__name__ == "SDPOTrainer":
         more["reward_funcs"] = lambda completions, **_: [0.0]

@@ -7,7 +7,18 @@ import pytest
 from helpers import ROOT, run
 
 PROGRAM = str(ROOT / "bench" / "update.py")
-TINY = ("--shape", "tiny", "--vocab", 5_000, "--completion", 24, "--device", "cpu", "--threads", 1)
+TINY = (
+    "--shape",
+    "rehearsal",
+    "--vocab",
+    5_000,
+    "--completion",
+    24,
+    "--device",
+    "cpu",
+    "--threads",
+    1,
+)
 
 
 def test_ours_and_full_logits_have_one_gradient_norm() -> None:
