@@ -346,10 +346,11 @@ def part_passes(o: Options) -> Rows:
             m = sizes.sizes_of(skeleton, targets, s.lora_r)
             mfu = limits.passes_flops(m, lengths) / seconds / (card.tflops * 1e12)
             yield f"{shape}{name}: MFU", f"{mfu:.1%}"
-            estimate = sizes.estimator(skeleton, device, targets, s.lora_r, 0, 0, egrsd.VOCAB_TILE)(
-                s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk
-            )
-            figure = f"{peak:.1f} GiB; with Adam estimated {estimate['sum']:.1f}"
+            tile = egrsd.VOCAB_TILE
+            estimate = sizes.estimator(skeleton, device, targets, s.lora_r, 0, 0, tile, gpus=1)
+            options = s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk, s.shard
+            expected = estimate(*options)["sum"]
+            figure = f"{peak:.1f} GiB; with Adam estimated {expected:.1f}"
             yield f"{shape}{name}: peak", figure
             del model
 

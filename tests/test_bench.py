@@ -112,13 +112,14 @@ def test_curves_take_a_fiftieth_of_the_time_and_are_drawn_at_the_end(tmp_path, m
     def draw(path, rows, norm) -> None:
         nonlocal now
         now += 2.0  # seconds: of a slow machine
-        drawn.append(len(rows))
+        drawn.append(len(rows["step"]))
 
     monkeypatch.setattr(journal, "draw_curves", draw)
     monkeypatch.setattr(journal.time, "perf_counter", lambda: now)
     settings = {"steps": 400, "wandb": "", "max_grad_norm": 0.1, "max_length": 256}
     notebook = journal.open_journal(tmp_path, [], settings, 0)
-    row = {"reward": 1.0, "correct": 1.0, "length": 9.0, "skipped_prompts": []}
+    row = dict.fromkeys(notebook.curves, 1.0)
+    row.update(skipped_prompts=[], seconds=dict.fromkeys(journal.PHASES, 0.1))
     rollout = dict.fromkeys(journal.ROLLOUT_KEYS, 1)
     for step in range(400):
         now += 1.0

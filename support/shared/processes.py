@@ -288,9 +288,10 @@ def find_fault(state: dict | None, silent: float, late: float, rank_timeout: flo
         return f"died in {phase}: killed, by somebody or for want of memory (dmesg may know)"
     if not rank_timeout:
         return ""
-    if silent > rank_timeout:
+    too_late = late > max(rank_timeout, PATIENCE.get(state["phase"], 0))
+    if silent > rank_timeout or (too_late and silent > 3 * TICK):
         return f"has given no sign of life for {silent:.0f} s in {phase} (--rank_timeout)"
-    if late > max(rank_timeout, PATIENCE.get(state["phase"], 0)):
+    if too_late:
         return f"has not left {phase} while the others waited {late:.0f} s (--rank_timeout)"
     return ""
 

@@ -114,7 +114,7 @@ def look_for_nan(
 
 
 def find_in_state(
-    model, optimizer: torch.optim.Optimizer, stats: dict[str, float], others: dict[str, Tensor]
+    model, optimizer: torch.optim.Optimizer, stats: dict[str, float]
 ) -> dict[str, list[str]]:
     """kind -> the names of what is not finite on this rank, for the kinds that hold such."""
     kinds = {"base weights": {}, "adapter": {}, "optimizer state": {}}
@@ -123,7 +123,6 @@ def find_in_state(
         for slot, value in optimizer.state.get(p, {}).items():
             kinds["optimizer state"][f"{slot} of {name}"] = value
     kinds["reward statistics"] = stats
-    kinds["other tensors"] = others
     found = {}
     for kind, values in kinds.items():
         bad = [name for name, value in values.items() if not is_finite(value)]
@@ -178,7 +177,7 @@ def fail_not_finite(
     step, and is called where rank 0, which writes, has a state that is finite.
     """
     rank, world = rank_and_world()
-    state = find_in_state(run.model, run.optimizer, run.stats.state_dict(), run.kept)
+    state = find_in_state(run.model, run.optimizer, run.stats.state_dict())
     signs = gather(find_signs(run.model, state, rollouts, mine, tokens))
     first = min(signs, default=(3,))[0]
     culprits = [f"rank {owner}: {text}" for order, owner, text in signs if order == first]
