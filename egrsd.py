@@ -627,8 +627,8 @@ def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[
             groups.append([])
             width = length
         groups[-1].append(r)
-    most = processes.reduce_(torch.tensor(len(groups)), "MAX")
-    while len(groups) < min(most, len(rollouts)):
+    most = processes.reduce_(torch.tensor(len(groups)), "MAX").item()
+    while len(groups) < min(most, len(rollouts)):  # a rank with fewer splits its largest
         largest = max(groups, key=len)
         i = groups.index(largest)
         half = len(largest) // 2
@@ -957,7 +957,8 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
     if run is None:  # it is finished already
         return
     model = run.model
-    # run.roll_out and run.accumulate_gradient are the functions above, unless a method changed them
+    # run.roll_out and run.accumulate_gradient are those above, unless a method changed them.
+    # processes.enter(phase) is the clock, and tells the other ranks where this one is.
     for step in range(run.start, s.steps):
         clock = [processes.enter("rollout")]
         batch, position, skipped = next_problems(run.problems, run.tokenizer, s, run.position)

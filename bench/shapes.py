@@ -1,6 +1,6 @@
 """Random weights of a given shape in a folder, with a tokenizer: nothing is downloaded.
 
-    python bench/shapes.py --shape qwen3-4b --out /tmp/qwen3-4b    # 8 GB: mind the disk
+    python bench/shapes.py --shape qwen3-4b --out runs/qwen3-4b    # 8 GB: mind the disk
 
 What a step costs depends on the shape alone, so that the benches need no trained model. The
 tokenizer is the tiny model's, whose 72 words are the first of the vocabulary.

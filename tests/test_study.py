@@ -114,3 +114,11 @@ def test_measures_of_a_run_come_from_its_own_files(tmp_path) -> None:
     assert measured["magnitude_off"] == statistics.fmean(range(5, 25))
     assert [line["step"] for line in curve] == [10, 20, 25]
     assert curve[0]["correct"] == pytest.approx(statistics.fmean(range(10)) / 100)
+
+
+def test_an_arm_stands_beside_others_only_where_it_ran_on_the_same_bases() -> None:
+    rows = []
+    for arm, base in (("egrsd", "0"), ("egrsd", "1"), ("rlsd", "0"), ("rlsd", "1"), ("sft", "0")):
+        rows.append({"arm": arm, "base": base})
+    compared, others = report.on_all_bases(rows, rows)
+    assert compared == rows[:4] and others == ["sft"]

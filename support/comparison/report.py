@@ -107,6 +107,21 @@ def all_pairs(found: dict[str, list[float]]) -> list[float]:
     return sum(found.values(), [])
 
 
+def on_all_bases(rows: list[dict], regime: list[dict]) -> tuple[list[dict], list[str]]:
+    """-> rows of the arms that ran on each base of the regime, and the names of the others.
+
+    Bases differ by more than arms do: the mean of one base beside that of three says nothing.
+    """
+    bases = set(different(regime, "base"))
+    whole = [arm for arm in different(regime, "arm") if set(bases_of(regime, arm)) == bases]
+    others = [arm for arm in different(regime, "arm") if arm not in whole]
+    return [row for row in rows if row["arm"] in whole], others
+
+
+def bases_of(rows: list[dict], arm: str) -> list[str]:
+    return different(where(rows, arm=arm), "base")
+
+
 def plus_minus(mean: float, half: float | None, sign: str = "+") -> str:
     text = f"{mean:{sign}.1f}"
     return text if half is None else f"{text} ± {half:.1f}"
@@ -313,10 +328,14 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
         if not mine:
             continue
         fill(page, f"questions {regime}", questions_table(mine))
-        fill(page, f"arms {regime}", arms_table(mine))
         draw_questions(results / f"questions-{regime}.png", mine, regime)
-        draw_frontier(results / f"frontier-{regime}.png", mine, regime, looks)
-        learning = where(curves, regime=regime, split="test")
+        compared, others = on_all_bases(mine, mine)
+        table = arms_table(compared)
+        if others:
+            table += f"\nNot yet run on all bases, and so not here: {', '.join(others)}.\n"
+        fill(page, f"arms {regime}", table)
+        draw_frontier(results / f"frontier-{regime}.png", compared, regime, looks)
+        learning, _ = on_all_bases(where(curves, regime=regime, split="test"), mine)
         draw_curves(results / f"curves-{regime}.png", learning, regime, looks)
     draw_properties(results / "properties.png", test)
     hours = sum(column(rows, "seconds")) / 3600
