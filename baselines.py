@@ -45,7 +45,6 @@ import torch
 from torch import Tensor
 
 from egrsd import (
-    VOCAB_TILE,
     Settings,
     _logprob_and_gradient,
     _matmul,
@@ -62,6 +61,7 @@ from egrsd import (
     sum_gradients_over_ranks,
     train,
     trainable,
+    vocab_tiles,
 )
 from support.comparison import exposure
 from support.shared import data, models, processes
@@ -551,14 +551,14 @@ def divergence_and_gradient(
         # First the two normalisers, since f and g are functions of probabilities.
         log_Z_T = h_T.new_full((len(y),), float("-inf"), dtype=torch.float32)  # (n,)
         log_Z_S = log_Z_T.clone()
-        for tile in head_weight.split(VOCAB_TILE):  # (v, d)
+        for tile in vocab_tiles(head_weight):  # (v, d)
             log_Z_T = torch.logaddexp(log_Z_T, _softmax_of_tile(h_T, tile)[-1])
             log_Z_S = torch.logaddexp(log_Z_S, _softmax_of_tile(h_S, tile)[-1])
         value = torch.zeros_like(log_Z_S)  # (n,)
         sum_g = torch.zeros_like(log_Z_S)  # (n,)
         sum_gU = torch.zeros_like(h_S, dtype=torch.float32)  # (n, d)
         mean_U = torch.zeros_like(sum_gU)  # (n, d), under the student
-        for tile in head_weight.split(VOCAB_TILE):
+        for tile in vocab_tiles(head_weight):
             logp_T = _matmul(h_T, tile.T) - log_Z_T[:, None]  # (n, v)
             logp_S = _matmul(h_S, tile.T) - log_Z_S[:, None]
             f, g = terms(logp_T, logp_S)

@@ -57,7 +57,7 @@ class Work:
     steps: int = 20
     batch: int = 32
     chunks: tuple[int, ...] = (1_024, 2_048, 4_096)
-    tiles: tuple[int, ...] = (4_096, 8_192, 16_384, 32_768, 151_936)
+    tiles: tuple[int, ...] = (2_048, 4_096, 8_192, 16_384, 32_768, 151_936)
     budgets: tuple[int, ...] = (1_500, 2_048, 4_096, 8_192)
 
 
@@ -154,11 +154,19 @@ def part_engine(o: Options) -> Rows:
 
 def run_options(shape: str, o: Options, steps: int) -> list[object]:
     """egrsd.py on the random model and the tiny problems: the real loop, with Table A1's sizes."""
-    work = work_of(o)
+    work = loop_work(o)
     options = ["egrsd.py", "--model", model_folder(shape, o), "--steps", steps]
     options += ["--data", "tiny/train.jsonl", "--batch_size", work.batch]
     options += ["--max_completion", work.completion, "--max_length", work.completion + 1_024]
     return [*options, "--overwrite", "--out", Path(o.out) / f"run-{shape}"]
+
+
+def loop_work(o: Options) -> Work:
+    """Without vLLM shorter: transformers' generate waits for Python at each token."""
+    work = work_of(o)
+    if o.rehearse or console.installed("vllm"):
+        return work
+    return dataclasses.replace(work, completion=128, steps=3)
 
 
 def part_update(o: Options) -> Rows:
@@ -232,11 +240,15 @@ def part_canary(o: Options) -> Rows:
 def part_loop(o: Options) -> Rows:
     """Twenty steps of the real loop, and its phases beside their limits."""
     device_of(o)
-    for shape in work_of(o).shapes:
-        call(o, *run_options(shape, o, work_of(o).steps), processes=gpus(o))
+    work = loop_work(o)
+    for shape in work.shapes:
+        call(o, *run_options(shape, o, work.steps), processes=gpus(o))
         out = Path(o.out) / f"run-{shape}"
         log = limits.rows_of(out / "log.jsonl")
         found = limits.analyse_run(out, card_options(o))
+        engine = json.loads((out / "versions.json").read_text())["engine"]
+        size = f"{work.batch} rollouts of {work.completion} tokens, {engine}"
+        yield f"{shape}: {work.steps} steps", size
         for phase in ("rollout", "passes", "update"):
             figure = f"{found[phase]:.3f} s, at least {found[f'{phase}_least']:.2g} s"
             yield f"{shape}: {phase}", figure
@@ -346,7 +358,7 @@ def part_passes(o: Options) -> Rows:
             m = sizes.sizes_of(skeleton, targets, s.lora_r)
             mfu = limits.passes_flops(m, lengths) / seconds / (card.tflops * 1e12)
             yield f"{shape}{name}: MFU", f"{mfu:.1%}"
-            tile = egrsd.VOCAB_TILE
+            tile = egrsd.VOCAB_TILE[device.type]
             estimate = sizes.estimator(skeleton, device, targets, s.lora_r, 0, 0, tile, gpus=1)
             options = s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk, s.shard
             expected = estimate(*options)["sum"]
@@ -396,7 +408,7 @@ def part_sweep(o: Options) -> Rows:
         for tile in work.tiles:
             figures = []
             for chunk in work.chunks:
-                with attribute("VOCAB_TILE", tile):
+                with attribute("VOCAB_TILE", {device.type: tile}):
                     one = median_seconds(
                         lambda c=chunk, h=head: both_heads(h, c), work.repeats, device
                     )

@@ -5,9 +5,10 @@
     python bench/update.py --growth                       # by completion length, by vocabulary
 
 An update is the teacher's pass, the student's, clip and optimizer. Weights, adapter and completions
-are random and the same for all; each case has a process of its own; all rows are equally long and
-go through the layers in one pass, without gradient checkpointing. float32 on a CPU; on a GPU a
-bfloat16 base, a float32 adapter and autocast. The cases, and what was chosen for each:
+are random and the same for all; each case has a process of its own (one for all sizes of --growth);
+all rows are equally long and go through the layers in one pass, without gradient checkpointing.
+float32 on a CPU; on a GPU a bfloat16 base, a float32 adapter and autocast. The cases, and what was
+chosen for each:
 
     ours    egrsd.accumulate_gradient, then clip and AdamW as in train().
     trl     TRL's GRPOTrainer, subclassed to EGRSD. It scores in tiles of 4,096 tokens and 32,768
@@ -402,8 +403,7 @@ Products = Counter[tuple[int, int, int]]  # how many of (m, k) @ (k, n)
 def head_products(head: Tensor, tokens: int, gradient: bool) -> Products:
     """The logits, and the mean of the head's rows under them."""
     V, d = head.shape
-    tiles, rest = divmod(V, egrsd.VOCAB_TILE)
-    products = Counter({(tokens, d, egrsd.VOCAB_TILE): tiles, (tokens, d, rest): 1})
+    products = Counter((tokens, d, len(tile)) for tile in egrsd.vocab_tiles(head))
     if gradient:
         products += Counter({(tokens, k, d): count for (_, _, k), count in products.items()})
     return products
@@ -537,25 +537,45 @@ def work(o: Options) -> None:
     """Inside the process of one case: run it, and print a line of JSON."""
     if o.threads:
         torch.set_num_threads(o.threads)
+    if o.growth:
+        result = [run_case(at) for at in growth_sizes(o)]
+    else:
+        result = run_case(o)
+    print(json.dumps(result))
+
+
+def run_case(o: Options) -> dict | str:
+    """What --worker measures at this size, or why not."""
+    why = why_not(o.worker, o)
+    if why:
+        return why
     s = settings_of(o)
     device = device_of(o)
     model = make_student(o, s)
     rollouts = make_rollouts(o)
     if o.worker == "floor":
-        print(json.dumps(measure_floor(model, rollouts, s, o)))
-        return
+        return measure_floor(model, rollouts, s, o)
     run = globals()[o.worker](model, rollouts, s)
     before = start_meter(device)
-    seconds, norms = run(1 + o.repeats)
-    result = {
+    try:
+        seconds, norms = run(1 + o.repeats)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    return {
         "seconds": seconds[1:],
         "norm": norms[0],
         "gib": (highest(device) - before) / 2**30,
     }
-    print(json.dumps(result))
 
 
-def start(case: str, o: Options) -> dict | str:
+def growth_sizes(o: Options) -> list[Options]:
+    """One row at these lengths, then at these vocabularies."""
+    sizes = [(length, o.vocab) for length in LENGTHS]
+    sizes += [(1_024, vocab) for vocab in VOCABULARIES if vocab != o.vocab]
+    return [dataclasses.replace(o, rows=1, completion=n, vocab=vocab) for n, vocab in sizes]
+
+
+def start(case: str, o: Options) -> dict | list | str:
     """Run a case in a process of its own. -> what it measured, or why not"""
     given = {**dataclasses.asdict(o), "worker": case}
     command = [sys.executable, __file__]
@@ -606,7 +626,7 @@ def measure(cases: list[str], o: Options) -> dict[str, dict | str]:
     found = {}
     for _ in range(o.rounds):
         for case in cases:
-            result = why_not(case, o) or start(case, o)
+            result = start(case, o)
             earlier = found.get(case)
             if isinstance(result, dict) and isinstance(earlier, dict):
                 result["seconds"] += earlier["seconds"]
@@ -655,20 +675,18 @@ def show_floor(found: dict[str, list[float]], whole: float) -> None:
 
 def show_growth(o: Options) -> None:
     """Seconds and GiB of one row, by completion length, then by vocabulary."""
-    o = dataclasses.replace(o, rows=1)
+    found = {case: start(case, o) for case in SAME_LOSS}
     print("| completion | V | " + " | ".join(f"{c}, s | {c}, GiB" for c in SAME_LOSS) + " |")
     print("|---" * (2 + 2 * len(SAME_LOSS)) + "|")
-    sizes = [(length, o.vocab) for length in LENGTHS]
-    sizes += [(1_024, vocab) for vocab in VOCABULARIES if vocab != o.vocab]
-    for length, vocab in sizes:
-        at = dataclasses.replace(o, completion=length, vocab=vocab)
-        cells = [f"{length:,}", f"{vocab:,}"]
-        for result in measure(list(SAME_LOSS), at).values():
+    for k, at in enumerate(growth_sizes(o)):
+        cells = [f"{at.completion:,}", f"{at.vocab:,}"]
+        for results in found.values():
+            result = results if isinstance(results, str) else results[k]
             if isinstance(result, str):
                 cells += [result, ""]
             else:
                 cells += [f"{median(result['seconds']):.3f}", f"{result['gib']:.2f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        print("| " + " | ".join(cells) + " |")
 
 
 def machine(o: Options) -> str:

@@ -110,7 +110,7 @@ def test_memory_is_what_the_estimate_says(checkpointing) -> None:
         optimizer.step()
     measured = (torch.cuda.max_memory_allocated() - before) / sizes.GIB
     targets = models.layer_names(s.lora_targets)
-    tile = egrsd.VOCAB_TILE
+    tile = egrsd.VOCAB_TILE["cuda"]
     estimate = sizes.estimator(skeleton, DEVICE, targets, s.lora_r, 0, 0, tile, gpus=1)
     estimated = estimate(s.micro_batch_tokens, checkpointing, s.head_chunk, False)["sum"]
     assert 0.8 * estimated < measured + 0.5 and measured < 1.2 * estimated + 0.5

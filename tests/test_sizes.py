@@ -34,7 +34,7 @@ def estimate(engine_tp: int = 8, **config: object):
     model = skeleton(**(config or QWEN3_8B))
     gpu = torch.device("cuda", 0)
     tokens = 65_536
-    tile = egrsd.VOCAB_TILE
+    tile = egrsd.VOCAB_TILE["cuda"]
     return sizes.estimator(model, gpu, TARGETS, 64, engine_tp, tokens, tile, gpus=8)
 
 
@@ -64,7 +64,7 @@ def test_activations_are_what_autograd_keeps(targets) -> None:
 
 
 def test_checkpointing_keeps_the_inputs_of_the_layers_and_one_layer() -> None:
-    at = functools.partial(estimate(), 4_096, head_chunk=4_096, shard=False)
+    at = functools.partial(estimate(), 4_096, head_chunk=1_024, shard=False)
     without, with_it = at(checkpointing=False), at(checkpointing=True)
     inputs = 36 * 2 * 4096 * 4096 / 2**30
     one_layer = without["activations"] / 36
@@ -80,7 +80,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_and_one_layer() -> None:
 
 
 def check(free: float, **options: object) -> dict[str, float]:
-    chosen = {"micro_batch_tokens": 4_096, "checkpointing": False, "head_chunk": 4_096}
+    chosen = {"micro_batch_tokens": 4_096, "checkpointing": False, "head_chunk": 1_024}
     chosen.update(shard=False, **options)
     return opening.check_memory(estimate(), **chosen, free=free)
 
@@ -103,7 +103,7 @@ def test_what_cannot_fit_is_refused_with_what_makes_it_fit(capsys) -> None:
 
 
 def test_a_sharded_base_is_its_part_of_the_layers_two_whole_ones_and_the_rest() -> None:
-    at = functools.partial(estimate(), 4_096, False, 4_096)
+    at = functools.partial(estimate(), 4_096, False, 1_024)
     layer = 4096 * (4096 * 2 + 1024 * 2 + 3 * 12288) + 2 * 4096 + 2 * 128
     rest = 2 * 151_936 * 4096 + 4096
     assert at(False)["base"] == pytest.approx(2 * (36 * layer + rest) / 2**30, abs=0.01)

@@ -59,12 +59,12 @@ def test_the_rate_is_chosen_on_validation_problems_alone_and_only_when_all_are_t
 
 def test_any_beginning_of_the_core_is_balanced_and_each_run_is_one_that_can_be_parsed() -> None:
     chosen = {(regime, arm): "1e-3" for regime in ("h1", "h2") for arm in study.TUNED}
-    runs = [r for r in study.plan(False, chosen) if r["split"] == "test" and r["regime"] == "h1"]
+    runs = [r for r in study.plan("whole", chosen) if r["split"] == "test" and r["regime"] == "h1"]
     core = [r for r in runs if r["arm"] in study.CORE]
     first = core[: 3 * len(study.CORE)]
     assert {r["seed"] for r in first} == {"0"} and {r["base"] for r in first} == {"0", "1", "2"}
     assert len(core) == 3 * 6 * len(study.CORE)
-    everything = [*study.plan(False, chosen)]
+    everything = [*study.plan("whole", chosen)]
     assert len({study.key_of(r) for r in everything}) == len(everything)
     for name, options in study.ARMS.items():
         made = dict(zip(study.KEY, ("h1", "0", name, "0", "1e-3", "test")))
@@ -77,7 +77,7 @@ def test_a_study_goes_on_from_its_rows_and_a_report_needs_no_run(tmp_path) -> No
     results = tmp_path / "results"
     results.mkdir()
     done = []
-    for made in study.plan(True, {}):
+    for made in study.plan("quick", {}):
         accuracy = 50 + 10 * len(made["arm"]) + int(made["seed"])
         done.append({**dict.fromkeys(study.COLUMNS, ""), **made, "accuracy": accuracy})
         done[-1].update(length=30.5, seconds=20)
@@ -85,8 +85,8 @@ def test_a_study_goes_on_from_its_rows_and_a_report_needs_no_run(tmp_path) -> No
     study.add_rows(results / "runs.csv", study.COLUMNS, done)
     curve = {key: done[1][key] for key in study.KEY} | {"step": 10, "correct": 0.5, "length": 33}
     study.add_rows(results / "curves.csv", study.CURVE, [curve])
-    assert study.next_run(True, results, set()) == {key: missing[key] for key in study.KEY}
-    assert study.next_run(True, results, {study.key_of(missing)}) is None
+    assert study.next_run("quick", results, set()) == {key: missing[key] for key in study.KEY}
+    assert study.next_run("quick", results, {study.key_of(missing)}) is None
 
     where = ["--study", "--quick", "--out", tmp_path, "--results", results]
     assert "RESULTS.md" in run(ROOT / "baselines.py", *where, "--report")

@@ -210,7 +210,7 @@ def test_each_number_of_a_regime_is_an_option() -> None:
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--regime", "h3", "--out", "x"], "invalid choice: 'h3'"),
+        (["--regime", "h9", "--out", "x"], "invalid choice: 'h9'"),
         (["--regime", "h1"], "name another folder with --out"),
         (["--p_filler", "0.3"], "name another folder with --out"),
         (["--p_filler", "1.3", "--out", "x"], "--p_filler is a probability"),

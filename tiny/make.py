@@ -30,7 +30,7 @@ reference said, and another problem's reference gave the same log p_T - log p_S.
 way to predict the solution is to READ the reference. The references in train.jsonl and test.jsonl
 are right, and the problems of test.jsonl never occur in pre-training.
 
-That task saturates, so it demonstrates but does not compare. Two harder regimes do; both also have
+That task saturates, so it demonstrates but does not compare. Harder regimes do; they also have
 validation.jsonl, to choose learning rates on, whose problems occur nowhere else either:
     h1      5 to 7 operations; each hard fact (value, operation) has a direction of error and an
             error probability of its own, from 0.5 to 0.9, drawn from the seed: as many habits to
@@ -38,6 +38,8 @@ validation.jsonl, to choose learning rates on, whose problems occur nowhere else
     h2      h1 with more and longer fillers, a teacher that looks away more often, and references
             that open with three words of style, which the teacher's fillers then repeat: a
             difference of the two contexts that has no consequence. For 160 and 8e-4
+    h3      h1 with 8 to 10 operations and a model of 7 million parameters, 29 times as many, for a
+            GPU: --device cuda. For --max_completion 192 --max_length 384
 Seeds 0, 1, 2 by measure.py, alone and with the reference (+- 0.5 to 1.6, one sample a problem):
     h1      32.1, 36.1, 31.0 % at 60 tokens; 91.5, 97.7, 92.6 % at 51
     h2      31.3, 34.5, 32.8 % at 74 tokens; 51.7, 88.7, 80.4 % at 51: how well a teacher has
@@ -64,7 +66,7 @@ from support.shared.data import encode_prompt, fill  # noqa: E402
 from support.shared.options import check_rules, make_parser, opt  # noqa: E402
 
 OPERATIONS = [sign + str(b) for sign in "+-" for b in range(1, 7)]
-LABELS = ["#1", "#2", "#3", "#4", "#5", "#6", "#7"]
+LABELS = [f"#{k}" for k in range(1, 11)]
 MARKERS = ["then", "next", "so", "now"]
 FILLERS = "hmm okay let me see well now think about this problem first please right maybe".split()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
@@ -109,6 +111,9 @@ class Regime:
 
     by_length: bool = opt("batches", True, "alike in length: a quarter less time")  # ours
 
+    hidden: int = opt("model", 96, "width, a multiple of 48")  # ours
+    layers: int = opt("model", 2, "its layers")  # ours
+
 
 H1 = {  # ours, all of it
     "shortest": 5,
@@ -133,7 +138,16 @@ H2 = {  # ours, all of it
     "style_words": 3,
     "p_style": 0.5,
 }
-REGIMES = {"embedded": {}, "h1": H1, "h2": H2}
+H3 = {  # ours, all of it
+    **H1,
+    "shortest": 8,
+    "longest": 10,
+    "p_hard_low": 0.3,
+    "p_hard_high": 0.7,
+    "hidden": 384,
+    "layers": 4,
+}
+REGIMES = {"embedded": {}, "h1": H1, "h2": H2, "h3": H3}
 
 # Of each hard fact (value, operation): the probability of a wrong digit, and its distance.
 Habits = dict[tuple[int, str], tuple[float, int]]
@@ -340,10 +354,16 @@ def batches(
             )
 
 
-def pretrain(tokenizer, sequences: Iterator[tuple[torch.Tensor, ...]], steps: int):
-    """A Qwen3 with 247k parameters after `steps` batches of `sequences` and steps of AdamW.
+def pretrain(
+    tokenizer,
+    sequences: Iterator[tuple[torch.Tensor, ...]],
+    steps: int,
+    regime: Regime,
+    device: str,
+):
+    """A Qwen3 (247k parameters by default) after `steps` batches and steps of AdamW.
 
-    Linear warm-up, cosine decay to 2 % of the peak.
+    Linear warm-up, cosine decay to 2 % of the peak, which falls as the width grows.
     """
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -351,11 +371,11 @@ def pretrain(tokenizer, sequences: Iterator[tuple[torch.Tensor, ...]], steps: in
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=288,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden_size=regime.hidden,
+            intermediate_size=3 * regime.hidden,
+            num_hidden_layers=regime.layers,
+            num_attention_heads=regime.hidden // 24,
+            num_key_value_heads=regime.hidden // 48,
             head_dim=32,
             max_position_embeddings=512,
             tie_word_embeddings=True,
@@ -363,14 +383,15 @@ def pretrain(tokenizer, sequences: Iterator[tuple[torch.Tensor, ...]], steps: in
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )
+    ).to(device)
+    peak = 4e-3 * 96 / regime.hidden
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     bar = tqdm(range(steps), desc="pre-training")
     for i, (ids, labels) in zip(bar, sequences):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(
+        optimizer.param_groups[0]["lr"] = peak * min(
             (i + 1) / 60, 0.51 + 0.49 * math.cos(math.pi * i / steps)
         )
-        loss = model(input_ids=ids, labels=labels).loss
+        loss = model(input_ids=ids.to(device), labels=labels.to(device)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -391,6 +412,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Regime]:
     add("--out", type=Path, default=HERE, help="folder to write")
     add("--seed", type=int, default=0, help="of habits, problems and weights")
     add("--steps", type=int, default=1500, help="pre-training steps")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="of the pre-training")
     # Twice: the first time tells the regime, whose values are the defaults of the second.
     first = parser.parse_args(argv)
     parser.set_defaults(**REGIMES[first.regime])
@@ -415,6 +437,9 @@ def broken_rules(regime: Regime, args: argparse.Namespace) -> Iterator[tuple[boo
     yield not fits, f"--style_words is from 0 to {len(FILLERS)}"
     nothing = regime.p_style > 0 and not regime.style_words
     yield nothing, "--p_style has no words to repeat: add --style_words 3"
+    uneven = regime.hidden <= 0 or regime.hidden % 48
+    yield uneven, "--hidden is a multiple of 48: two heads of 32 for one of keys and values"
+    yield regime.layers < 1, "--layers is at least 1"
     shipped = args.out.resolve() == HERE and regime != Regime()
     yield shipped, "tiny/ keeps the embedded default: name another folder with --out"
 
@@ -444,7 +469,7 @@ def main() -> None:
     save_tokenizer(args.out, regime)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     sequences = batches(tokenizer, excluded, habits, regime, rng)
-    model = pretrain(tokenizer, sequences, args.steps)
+    model = pretrain(tokenizer, sequences, args.steps, regime, args.device)
     model.save_pretrained(args.out)
 
 

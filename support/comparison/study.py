@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What all runs share. 40 steps: after 100 the best methods are too close to the ceiling to compare.
 COMMON = ["--preset", "tiny", "--steps", "40", "--save_every", "40", "--batch_size", "32"]
 COMMON += ["--no-eval_before"]
-CAPS = {"embedded": 96, "h1": 128, "h2": 160}  # ours: completion cap in tokens
+CAPS = {"embedded": 96, "h1": 128, "h2": 160, "h3": 192}  # ours: completion cap in tokens
 RATES = ("3e-4", "1e-3", "3e-3")  # ours: the learning rates that each method is tried with
 
 # Arms: name: options. "reward" is EGRSD with w = omega = 1, so that arms differ by one thing.
@@ -96,14 +96,19 @@ CURVE = (*KEY, "step", "correct", "length")  # means of ten steps
 # The plan
 
 
-def plan(quick: bool, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, str]]:
+def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, str]]:
     """Runs in order: what answers most comes first, and seed by seed, so that it may stop anywhere.
 
-    `chosen` is the learning rate of each (regime, tuned arm), as far as it is known.
+    `which` is "whole", "quick" or "large". `chosen` is the learning rate of each (regime, tuned
+    arm), as far as it is known.
     """
-    if quick:
+    if which == "quick":
         for seed, arm in itertools.product("01", ("none", "reward", "rlsd", "egrsd", "cl-egrsd")):
             yield line("embedded", "0", arm, seed, "2e-3")
+        return
+    if which == "large":
+        yield from search_rates("h3", ("rlsd",))
+        yield from every("h3", "0", "012345", ("none", "rlsd", "egrsd", "shuffled"), chosen)
         return
     core = ("none", *CORE)
     yield from search_rates("h1")
@@ -120,9 +125,9 @@ def plan(quick: bool, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, 
     yield from every("h2", "012", "012", {**OTHERS, **SWEEP}, chosen)
 
 
-def search_rates(regime: str) -> Iterator[dict[str, str]]:
+def search_rates(regime: str, arms: tuple[str, ...] = TUNED) -> Iterator[dict[str, str]]:
     """On validation problems, each method with the same budget: three rates, one seed."""
-    for lr, arm in itertools.product(RATES, TUNED):
+    for lr, arm in itertools.product(RATES, arms):
         yield line(regime, "0", arm, "0", lr, split="validation")
 
 
@@ -174,8 +179,12 @@ def base_folder(out: Path, regime: str, base: str) -> Path:
 
 
 def make_base(folder: Path, regime: str, base: str) -> None:
+    import torch
+
     name, _, changed = regime.partition(":")
     command = [sys.executable, str(ROOT / "tiny" / "make.py"), "--regime", name, "--seed", base]
+    if name == "h3" and torch.cuda.is_available():
+        command += ["--device", "cuda"]
     if changed:
         option, _, value = changed.partition("=")
         command += [f"--{option}", value]
@@ -190,6 +199,8 @@ def options_of(run: dict[str, str], base: Path, folder: Path) -> list[str]:
     options = [*COMMON, "--model", str(base), "--data", str(base / "train.jsonl")]
     options += ["--eval_data", str(base / f"{run['split']}.jsonl"), "--out", str(folder)]
     options += ["--max_completion", str(CAPS[run["regime"].split(":")[0]]), "--seed", run["seed"]]
+    if run["regime"] == "h3":  # its prompts are longer than the preset's limit allows
+        options += ["--max_length", "384"]
     options += ARMS[run["arm"]]
     if run["arm"] != "none":
         options += ["--lr", run["lr"]]
@@ -247,11 +258,11 @@ def key_of(row: dict) -> tuple:
     return tuple(row[name] for name in KEY)
 
 
-def next_run(quick: bool, results: Path, taken: set) -> dict[str, str] | None:
+def next_run(which: str, results: Path, taken: set) -> dict[str, str] | None:
     """The first run of the plan that nobody has done or is doing."""
     rows = read_rows(results / "runs.csv")
     done = {key_of(row) for row in rows} | taken
-    for run in plan(quick, choose_rates(rows)):
+    for run in plan(which, choose_rates(rows)):
         if key_of(run) not in done:
             return run
     return None
@@ -284,7 +295,7 @@ def work(
 
 
 def do_runs(
-    quick: bool, out: Path, results: Path, jobs: int, minutes: float, train: Callable
+    which: str, out: Path, results: Path, jobs: int, minutes: float, train: Callable
 ) -> None:
     """Keep `jobs` processes busy until the plan is done, or the minutes are over."""
     end = time.monotonic() + 60 * minutes
@@ -300,7 +311,7 @@ def do_runs(
         workers.append(worker)
         idle.append(inbox)
     try:
-        keep_busy(quick, results, idle, outbox, end, out)
+        keep_busy(which, results, idle, outbox, end, out)
     except KeyboardInterrupt:
         fail("stopped. The same command goes on: finished runs are not run again")
     finally:
@@ -309,7 +320,7 @@ def do_runs(
 
 
 def keep_busy(
-    quick: bool,
+    which: str,
     results: Path,
     idle: list[multiprocessing.Queue],
     outbox: multiprocessing.Queue,
@@ -323,7 +334,7 @@ def keep_busy(
     bar = tqdm(desc="study", unit="run")
     while True:
         while idle and time.monotonic() < end:
-            run = next_run(quick, results, set(busy))
+            run = next_run(which, results, set(busy))
             if run is None:
                 break
             inbox = idle.pop()
@@ -351,6 +362,7 @@ def main(argv: list[str], train: Callable[[list[str]], None]) -> None:
     add = parser.add_argument
     add("--study", action="store_true", help="this")
     add("--quick", action="store_true", help="ten runs of the embedded task, minutes")
+    add("--large", action="store_true", help="regime h3, a base 29 times as large, for a GPU")
     add("--report", action="store_true", help="no run: draw tables and figures again")
     add("--jobs", type=int, default=2, help="processes side by side, each on one core")
     add("--minutes", type=float, default=1e6, help="start no run after that time")
@@ -364,7 +376,8 @@ def main(argv: list[str], train: Callable[[list[str]], None]) -> None:
         make_folder(o.out / "bases")
         make_folder(results)
         write_json(o.out / "arms.json", ARMS)
-        do_runs(o.quick, o.out, results, o.jobs, o.minutes, train)
+        which = "quick" if o.quick else "large" if o.large else "whole"
+        do_runs(which, o.out, results, o.jobs, o.minutes, train)
     if not (results / "runs.csv").exists():
         fail(f"--report: there is no {results}/runs.csv; --study without --report makes it")
     page = ROOT / "RESULTS.md" if results == ROOT / "results" else results / "RESULTS.md"

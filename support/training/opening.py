@@ -12,19 +12,16 @@ from support.shared.processes import rank_and_world
 
 SPARE = 5.0  # GiB for the CUDA context, vLLM's graphs, NCCL, and what the estimate leaves out
 
-SMALL = {"checkpointing": True, "micro_batch_tokens": 2_048, "head_chunk": 1_024}
+SMALL = {"checkpointing": True, "micro_batch_tokens": 2_048}
 WAYS_TO_FIT = {  # they change time and memory, and nothing else; the cheapest first
     "": {},
     "--micro_batch_tokens 2048": {"micro_batch_tokens": 2_048},
     "--gradient_checkpointing": {"checkpointing": True},
-    "--gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024": SMALL,
+    "--gradient_checkpointing --micro_batch_tokens 2048": SMALL,
     "--shard": {"shard": True},
     "--shard --gradient_checkpointing": {"shard": True, "checkpointing": True},
-    "--shard --gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024": {
-        "shard": True,
-        **SMALL,
-    },
-    "--shard --gradient_checkpointing --micro_batch_tokens 2048 --head_chunk 1024 --engine hf": {
+    "--shard --gradient_checkpointing --micro_batch_tokens 2048": {"shard": True, **SMALL},
+    "--shard --gradient_checkpointing --micro_batch_tokens 2048 --engine hf": {
         "shard": True,
         **SMALL,
         "engine_tp": 0,
