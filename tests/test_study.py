@@ -85,8 +85,9 @@ def test_a_study_goes_on_from_its_rows_and_a_report_needs_no_run(tmp_path) -> No
     study.add_rows(results / "runs.csv", study.COLUMNS, done)
     curve = {key: done[1][key] for key in study.KEY} | {"step": 10, "correct": 0.5, "length": 33}
     study.add_rows(results / "curves.csv", study.CURVE, [curve])
-    assert study.next_run("quick", results, set()) == {key: missing[key] for key in study.KEY}
-    assert study.next_run("quick", results, {study.key_of(missing)}) is None
+    left = study.next_run("quick", results, set(), tmp_path)
+    assert left == {key: missing[key] for key in study.KEY}
+    assert study.next_run("quick", results, {study.key_of(missing)}, tmp_path) is None
 
     where = ["--study", "--quick", "--out", tmp_path, "--results", results]
     assert "RESULTS.md" in run(ROOT / "baselines.py", *where, "--report")
@@ -122,3 +123,15 @@ def test_an_arm_stands_beside_others_only_where_it_ran_on_the_same_bases() -> No
         rows.append({"arm": arm, "base": base})
     compared, others = report.on_all_bases(rows, rows)
     assert compared == rows[:4] and others == ["sft"]
+
+
+def test_nobody_waits_for_a_base_that_another_process_makes(tmp_path) -> None:
+    first = study.next_run("whole", tmp_path, set(), tmp_path)
+    assert (first["regime"], first["base"]) == ("h1", "0")
+    other = study.next_run("whole", tmp_path, {study.key_of(first)}, tmp_path)
+    assert (other["regime"], other["base"]) == ("h1", "1")
+    base = study.name_base(tmp_path, "h1", "0")
+    base.mkdir(parents=True)
+    (base / "model.safetensors").write_bytes(b"")
+    other = study.next_run("whole", tmp_path, {study.key_of(first)}, tmp_path)
+    assert (other["regime"], other["base"]) == ("h1", "0")

@@ -47,6 +47,7 @@ OTHERS = {
     "sft": ["--method", "sft"],
     "opsd": ["--method", "opsd"],
     "opsd-reverse": ["--method", "opsd", "--divergence", "reverse"],
+    "crisp": ["--method", "crisp", "--teacher_every", "20"],
     "atesd": ["--method", "atesd"],
     "atesd-half": ["--method", "atesd", "--exposure", "0.5"],
     "student-entropy": ["--gamma", "1", "--W", "0", "--control", "student_entropy"],
@@ -67,7 +68,7 @@ ARMS = {"none": ["--method", "none", "--steps", "0"], **CORE, **OTHERS, **SWEEP}
 # Whose learning rate an arm takes: all that weigh tokens by w share that of RLSD, which none of
 # them is about; the others have their own.
 TUNED = ("reward", "rlsd", "grpo", "sft", "opsd")
-RATE_OF = {"opsd-reverse": "opsd", "atesd": "opsd", "atesd-half": "opsd"}
+RATE_OF = {"opsd-reverse": "opsd", "crisp": "opsd", "atesd": "opsd", "atesd-half": "opsd"}
 
 # "When does the gate matter?": one property of the task at a time, with the gate and without.
 PROPERTIES = {
@@ -166,14 +167,24 @@ def choose_rates(rows: list[dict]) -> dict[tuple[str, str], str]:
 # One run
 
 
-def base_folder(out: Path, regime: str, base: str) -> Path:
-    """The folder of a base model; whoever asks first makes it with tiny/make.py."""
+def name_base(out: Path, regime: str, base: str) -> Path:
     if regime == "embedded":
         return ROOT / "tiny"
-    folder = out / "bases" / f"{regime.replace(':', '-')}-{base}"
+    return out / "bases" / f"{regime.replace(':', '-')}-{base}"
+
+
+def base_is_there(out: Path, regime: str, base: str) -> bool:
+    return (name_base(out, regime, base) / "model.safetensors").exists()
+
+
+def base_folder(out: Path, regime: str, base: str) -> Path:
+    """The folder of a base model; whoever asks first makes it with tiny/make.py."""
+    folder = name_base(out, regime, base)
+    if regime == "embedded":
+        return folder
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for it
-        if not (folder / "model.safetensors").exists():
+        if not base_is_there(out, regime, base):
             make_base(folder, regime, base)
     return folder
 
@@ -258,12 +269,13 @@ def key_of(row: dict) -> tuple:
     return tuple(row[name] for name in KEY)
 
 
-def next_run(which: str, results: Path, taken: set) -> dict[str, str] | None:
-    """The first run of the plan that nobody has done or is doing."""
+def next_run(which: str, results: Path, taken: set, out: Path) -> dict[str, str] | None:
+    """The first run of the plan that nobody has done or is doing, and whose base nobody makes."""
     rows = read_rows(results / "runs.csv")
     done = {key_of(row) for row in rows} | taken
+    waited_for = {key[:2] for key in taken if not base_is_there(out, *key[:2])}
     for run in plan(which, choose_rates(rows)):
-        if key_of(run) not in done:
+        if key_of(run) not in done and (run["regime"], run["base"]) not in waited_for:
             return run
     return None
 
@@ -334,7 +346,7 @@ def keep_busy(
     bar = tqdm(desc="study", unit="run")
     while True:
         while idle and time.monotonic() < end:
-            run = next_run(which, results, set(busy))
+            run = next_run(which, results, set(busy), out)
             if run is None:
                 break
             inbox = idle.pop()
