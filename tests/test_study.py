@@ -135,3 +135,34 @@ def test_nobody_waits_for_a_base_that_another_process_makes(tmp_path) -> None:
     (base / "model.safetensors").write_bytes(b"")
     other = study.next_run("whole", tmp_path, {study.key_of(first)}, tmp_path)
     assert (other["regime"], other["base"]) == ("h1", "0")
+
+
+def test_a_sweep_is_compared_where_all_its_arms_ran() -> None:
+    for arm in study.ARMS:  # the names say what the options are
+        setting = report.gamma_and_window(arm)
+        if setting:
+            options = study.ARMS[arm]
+            assert setting == (float(options[1]), int(options[3])), arm
+    assert report.is_sweep("egrsd-0.3") and not report.is_sweep("cl-egrsd")
+    rows = [row("rlsd", "0", seed, 50) for seed in "012"]
+    rows += [row("egrsd", "0", seed, 60 + 10 * int(seed)) for seed in "012"]
+    rows += [row("egrsd-0.3", "0", seed, 70) for seed in "01"]
+    table = report.sweep_table(rows).splitlines()
+    assert table[2].startswith("| 0.3 | 0 | 2 | 70.0 | +20.0 ± 0.0 |")
+    assert table[3].startswith("| 1 | 0 | 2 | 65.0 | +15.0 ± 63.5 |")  # without seed 2
+
+
+def test_a_property_is_compared_with_as_many_seeds_of_the_unchanged_task(tmp_path) -> None:
+    rows = [row("none", "0", "0", 30, regime="h2:p_style=0.9")]
+    for seed in "01":
+        rows.append(row("rlsd", "0", seed, 50, regime="h2:p_style=0.9"))
+        rows.append(row("egrsd", "0", seed, 55, regime="h2:p_style=0.9"))
+    for seed in "0123":
+        rows.append(row("rlsd", "0", seed, 40 + int(seed), regime="h2"))
+        rows.append(row("egrsd", "0", seed, 40, regime="h2"))
+    rows.append(row("egrsd", "1", "0", 99, regime="h2"))  # another base
+    table = report.properties_table(rows).splitlines()
+    assert table[2].startswith("| p_style | 0.5 (h2) |  | 40.5 | 40.0 | -0.5 ±")
+    assert table[3] == "| p_style | 0.9 | 30.0 | 50.0 | 55.0 | +5.0 ± 0.0 | 2 |"
+    report.draw_properties(tmp_path / "properties.png", rows)
+    assert (tmp_path / "properties.png").stat().st_size > 5_000

@@ -152,6 +152,44 @@ def arms_table(rows: list[dict]) -> str:
     return head + "".join(text for _, text in sorted(lines, reverse=True))
 
 
+def gamma_and_window(arm: str) -> tuple[float, int] | None:
+    """Of EGRSD and CL-EGRSD (1 and 0, 1 and 5), and of their sweeps; None of other arms."""
+    found = re.fullmatch(r"egrsd(?:-([\d.]+))?", arm)
+    if found:
+        return float(found[1] or 1), 0
+    found = re.fullmatch(r"cl-egrsd(?:-([\d.]+)-(\d+))?", arm)
+    if found:
+        return float(found[1] or 1), int(found[2] or 5)
+    return None
+
+
+def is_sweep(arm: str) -> bool:
+    return gamma_and_window(arm) is not None and arm not in ("egrsd", "cl-egrsd")
+
+
+def sweep_table(rows: list[dict]) -> str:
+    """Each gamma and W beside no gate, on the bases and seeds that all of them have."""
+    swept = [row for row in rows if is_sweep(row["arm"])]
+    keys = [set(by_pair(swept, arm, "accuracy")) for arm in different(swept, "arm")]
+    if not keys:
+        return ""
+    same = set.intersection(*keys)
+    common = [row for row in rows if (row["base"], row["seed"]) in same]
+    lines = {}
+    for arm in different(common, "arm"):
+        setting = gamma_and_window(arm)
+        if not setting:
+            continue
+        accuracy = all_pairs(differences(common, arm, "rlsd", "accuracy"))
+        tokens = all_pairs(differences(common, arm, "rlsd", "length"))
+        mean = statistics.fmean(column(where(common, arm=arm), "accuracy"))
+        text = f"| {setting[0]:g} | {setting[1]} | {len(accuracy)} | {mean:.1f} "
+        text += f"| {plus_minus(*interval(accuracy))} | {plus_minus(*interval(tokens))} |\n"
+        lines[setting[1] > 0, *setting] = text
+    head = "| gamma | W | pairs | accuracy, % | minus no gate | tokens, minus no gate |\n"
+    return head + "|---|---|---|---|---|---|\n" + "".join(lines[key] for key in sorted(lines))
+
+
 def questions_table(rows: list[dict]) -> str:
     """Each question's paired difference, in points of accuracy and in tokens."""
     text = "| question | difference | pairs | accuracy, over pairs | over bases | by base "
@@ -229,7 +267,7 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
     names, _ = zip(*shown)
     axis.set_yticks(range(0, -len(shown), -1), names)
     axis.set(xlabel="difference of held-out accuracy (points)", title=f"regime {regime}")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.5 / len(shown)), ncols=2)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -1.6 / len(shown)), ncols=2)
     save_figure(path, figure)
 
 
@@ -277,37 +315,61 @@ def draw_curves(path: Path, curves: list[dict], regime: str, looks: Looks) -> No
     save_figure(path, figure)
 
 
-def draw_properties(path: Path, rows: list[dict]) -> bool:
-    """Gate minus no gate where one property of the task is changed at a time."""
-    names = {}
+def properties_of(rows: list[dict]) -> dict[str, list[tuple[float, list[dict]]]]:
+    """property -> its values in order, each with the runs on base 0 that have it.
+
+    As many seeds of the unchanged regime h2 as of the others, so that all rest on the same.
+    """
+    found = {}
     for regime in different(rows, "regime"):
         _, _, changed = regime.partition(":")
         name, _, value = changed.partition("=")
-        if changed:
-            values = names.setdefault(name, [(UNCHANGED[name], "h2")])
-            values.append((float(value), regime))
-    if not names:
-        return False
-    figure, axes = canvas(1, len(names), 3.2 * len(names), 3.4, sharey=True)
-    for axis, (name, values) in zip(axes[0], sorted(names.items())):
-        for (arm, other), color, mark in zip((("egrsd", "rlsd"), ("rlsd", "reward")), COLORS, "os"):
-            xs, means, bars = [], [], []
-            for value, regime in sorted(values):
-                mine = where(rows, regime=regime, base="0")
-                pairs = all_pairs(differences(mine, arm, other, "accuracy"))
-                if len(pairs) > 1:
-                    mean, half = interval(pairs)
-                    xs.append(value)
-                    means.append(mean)
-                    bars.append(half)
-            axis.errorbar(xs, means, bars, fmt=f"{mark}-", color=color, capsize=3)
-            axis.plot([], [], f"{mark}-", color=color, label=f"{arm} \u2212 {other}")
+        if not changed:
+            continue
+        mine = where(rows, regime=regime, base="0")
+        if name not in found:
+            seeds = different(mine, "seed")
+            unchanged = [r for r in where(rows, regime="h2", base="0") if r["seed"] in seeds]
+            found[name] = [(UNCHANGED[name], unchanged)]
+        found[name].append((float(value), mine))
+    return {name: sorted(found[name], key=lambda pair: pair[0]) for name in sorted(found)}
+
+
+def properties_table(rows: list[dict]) -> str:
+    """The base, no gate and the gate, and their paired difference, at each value."""
+    text = "| property | value | base, % | rlsd, % | egrsd, % | egrsd − rlsd | pairs |\n"
+    text += "|---|---|---|---|---|---|---|\n"
+    for name, values in properties_of(rows).items():
+        for value, mine in values:
+            cells = []
+            for arm in ("none", "rlsd", "egrsd"):
+                scores = column(where(mine, arm=arm), "accuracy")
+                cells.append(f"{statistics.fmean(scores):.1f}" if scores else "")
+            pairs = all_pairs(differences(mine, "egrsd", "rlsd", "accuracy"))
+            cells.append(plus_minus(*interval(pairs)) if pairs else "")
+            unchanged = " (h2)" if value == UNCHANGED[name] else ""
+            text += f"| {name} | {value:g}{unchanged} | {' | '.join(cells)} | {len(pairs)} |\n"
+    return text
+
+
+def draw_properties(path: Path, rows: list[dict]) -> None:
+    """Gate minus no gate where one property of the task is changed at a time."""
+    found = properties_of(rows)
+    figure, axes = canvas(1, len(found), 3.2 * len(found), 3.4, sharey=True)
+    for axis, (name, values) in zip(axes[0], found.items()):
+        xs, means, bars = [], [], []
+        for value, mine in values:
+            pairs = all_pairs(differences(mine, "egrsd", "rlsd", "accuracy"))
+            if len(pairs) > 1:
+                mean, half = interval(pairs)
+                xs.append(value)
+                means.append(mean)
+                bars.append(half)
+        axis.errorbar(xs, means, bars, fmt="o-", color=COLORS[0], capsize=3)
         axis.axhline(0, color="#555555", lw=1)
         axis.set_xlabel(name)
-    axes[0, 0].set_ylabel("difference (points)")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].set_ylabel("egrsd \u2212 rlsd (points)")
     save_figure(path, figure)
-    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,15 +391,21 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
             continue
         fill(page, f"questions {regime}", questions_table(mine))
         draw_questions(results / f"questions-{regime}.png", mine, regime)
-        compared, others = on_all_bases(mine, mine)
+        table = sweep_table(mine)
+        if table:
+            fill(page, f"sweep {regime}", table)
+        single = [row for row in mine if not is_sweep(row["arm"])]
+        compared, others = on_all_bases(single, single)
         table = arms_table(compared)
         if others:
             table += f"\nNot yet run on all bases, and so not here: {', '.join(others)}.\n"
         fill(page, f"arms {regime}", table)
         draw_frontier(results / f"frontier-{regime}.png", compared, regime, looks)
-        learning, _ = on_all_bases(where(curves, regime=regime, split="test"), mine)
+        learning, _ = on_all_bases(where(curves, regime=regime, split="test"), single)
         draw_curves(results / f"curves-{regime}.png", learning, regime, looks)
-    draw_properties(results / "properties.png", test)
+    if properties_of(test):
+        fill(page, "properties", properties_table(test))
+        draw_properties(results / "properties.png", test)
     hours = sum(column(rows, "seconds")) / 3600
     commits = ", ".join(sorted({*different(rows, "commit")} - {""}))
     fill(page, "runs", f"{len(rows)} runs, {hours:.1f} hours of a core, commit {commits}.\n")
