@@ -153,16 +153,18 @@ def test_harder_problems_are_five_to_seven_steps_within_a_digit() -> None:
     assert make.make_problem(regime, random.Random(1), {text})[0] != text
 
 
-@pytest.mark.parametrize("name, cap", [("h1", 128), ("h2", 160)])
-def test_a_harder_regime_is_made(name, cap, tokenizer, tmp_path) -> None:
-    run(str(TINY / "make.py"), "--regime", name, "--seed", 3, "--out", tmp_path, "--steps", 3)
+@pytest.mark.parametrize("name, cap, limit", [("h1", 128, 256), ("h2", 160, 256), ("h3", 192, 384)])
+def test_a_harder_regime_is_made(name, cap, limit, tokenizer, tmp_path) -> None:
+    options = ["--hidden", 192] if name == "h3" else []  # half the width, to save time
+    make_py = str(TINY / "make.py")
+    run(make_py, "--regime", name, "--seed", 3, "--out", tmp_path, "--steps", 3, *options)
     files = {}
     for part, n in ("train", 4096), ("validation", 512), ("test", 1024):
         files[part] = read_log(tmp_path, f"{part}.jsonl")
         assert len(files[part]) == n
     rows = sum(files.values(), [])
     assert len({row["problem"] for row in rows}) == len(rows)  # none twice, in whatever file
-    s = tiny_settings("--model", tmp_path, "--max_completion", cap)
+    s = tiny_settings("--model", tmp_path, "--max_completion", cap, "--max_length", limit)
     words = load_tokenizer(str(tmp_path))
     longest = max(rows, key=lambda row: len(row["solution"].split()))
     for row in [longest, *rows[::20]]:
@@ -174,7 +176,8 @@ def test_a_harder_regime_is_made(name, cap, tokenizer, tmp_path) -> None:
         prompt = encode_prompt(words, fill(s.teacher_prompt, row), False)
         assert len(prompt) + cap <= s.max_length and words.unk_token_id not in prompt
     labels = {*words.get_vocab()} - {*tokenizer.get_vocab()}
-    assert labels == {"#5", "#6", "#7"} and len(words) == len(tokenizer) + 3
+    assert labels == {f"#{k}" for k in range(5, 11 if name == "h3" else 8)}
+    assert len(words) == len(tokenizer) + len(labels)
     assert base_of(s).config.vocab_size == len(words)
     made = json.loads((tmp_path / "regime.json").read_text())
     assert made["regime"] == name and made["seed"] == 3 and made["p_reference_hard"] == 0.5
@@ -216,7 +219,9 @@ def test_each_number_of_a_regime_is_an_option() -> None:
         (["--p_filler", "1.3", "--out", "x"], "--p_filler is a probability"),
         (["--p_stop", "0", "--out", "x"], "fillers would never end"),
         (["--p_style", "0.5", "--out", "x"], "add --style_words 3"),
-        (["--longest", "8", "--out", "x"], "at most 7"),
+        (["--longest", "11", "--out", "x"], "at most 10"),
+        (["--hidden", "100", "--out", "x"], "--hidden is a multiple of 48"),
+        (["--layers", "0", "--out", "x"], "--layers is at least 1"),
         (["--p_hard_low", "0.7", "--out", "x"], "at most --p_hard_high"),
     ],
 )
