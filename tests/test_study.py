@@ -154,6 +154,7 @@ def test_a_sweep_is_compared_where_all_its_arms_ran() -> None:
 
 def test_a_property_is_compared_with_as_many_seeds_of_the_unchanged_task(tmp_path) -> None:
     rows = [row("none", "0", "0", 30, regime="h2:p_style=0.9")]
+    rows.append(row("teacher", "0", "0", 80, regime="h2:p_style=0.9"))
     for seed in "01":
         rows.append(row("rlsd", "0", seed, 50, regime="h2:p_style=0.9"))
         rows.append(row("egrsd", "0", seed, 55, regime="h2:p_style=0.9"))
@@ -162,7 +163,9 @@ def test_a_property_is_compared_with_as_many_seeds_of_the_unchanged_task(tmp_pat
         rows.append(row("egrsd", "0", seed, 40, regime="h2"))
     rows.append(row("egrsd", "1", "0", 99, regime="h2"))  # another base
     table = report.properties_table(rows).splitlines()
-    assert table[2].startswith("| p_style | 0.5 (h2) |  | 40.5 | 40.0 | -0.5 ±")
-    assert table[3] == "| p_style | 0.9 | 30.0 | 50.0 | 55.0 | +5.0 ± 0.0 | 2 |"
+    assert table[2].startswith("| p_style | 0.5 (h2) |  |  | 40.5 | 40.0 | -0.5 ±")
+    assert table[3] == "| p_style | 0.9 | 30.0 | 80.0 | 50.0 | 55.0 | +5.0 ± 0.0 | 2 |"
     report.draw_properties(tmp_path / "properties.png", rows)
-    assert (tmp_path / "properties.png").stat().st_size > 5_000
+    report.draw_by_teacher(tmp_path / "teachers.png", rows)
+    for name in ("properties.png", "teachers.png"):
+        assert (tmp_path / name).stat().st_size > 5_000

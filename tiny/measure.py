@@ -35,8 +35,13 @@ def give_contexts(rows: list[dict], tokenizer, s: egrsd.Settings) -> dict[str, l
     return contexts
 
 
-def measure(s: egrsd.Settings, limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Of each context its figures, on the first `limit` problems of --eval_data (None: on all)."""
+def measure(
+    s: egrsd.Settings, limit: int | None = None, only: str = ""
+) -> dict[str, dict[str, float]]:
+    """Of each context its figures, on the first `limit` problems of --eval_data (None: on all).
+
+    `only` is the name of the one context that is wanted.
+    """
     device = processes.start_processes(s.threads)
     columns = {
         "problem": s.problem_column,
@@ -50,6 +55,8 @@ def measure(s: egrsd.Settings, limit: int | None = None) -> dict[str, dict[str, 
     sample, _ = egrsd.start_engine(s, base, ends, device, "hf", 1)
     found = {}
     for name, batch in give_contexts(rows, tokenizer, s).items():
+        if only and name != only:
+            continue
         done = egrsd.roll_out(sample, batch, tokenizer, ends, "evaluation", s, **SAMPLING)
         found[name] = figures_of(done)
     return found

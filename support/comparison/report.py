@@ -144,7 +144,7 @@ def arms_table(rows: list[dict]) -> str:
         bases = {}
         for row in mine:
             bases.setdefault(row["base"], []).append(float(row["accuracy"]))
-        lr = mine[0]["lr"] if arm != "none" else ""
+        lr = mine[0]["lr"] if mine[0]["lr"] != "0" else ""
         tokens = statistics.fmean(column(mine, "length"))
         text = f"| {arm} | {lr} | {len(mine)} | {plus_minus(mean, half, '')} "
         lines.append((mean, text + f"| {listed(base_means(bases), '')} | {tokens:.1f} |\n"))
@@ -336,13 +336,15 @@ def properties_of(rows: list[dict]) -> dict[str, list[tuple[float, list[dict]]]]
 
 
 def properties_table(rows: list[dict]) -> str:
-    """The base, no gate and the gate, and their paired difference, at each value."""
-    text = "| property | value | base, % | rlsd, % | egrsd, % | egrsd − rlsd | pairs |\n"
-    text += "|---|---|---|---|---|---|---|\n"
+    """The base, its teacher, no gate and the gate, and their paired difference, at each value."""
+    text = (
+        "| property | value | base, % | teacher, % | rlsd, % | egrsd, % | egrsd − rlsd | pairs |\n"
+    )
+    text += "|---|---|---|---|---|---|---|---|\n"
     for name, values in properties_of(rows).items():
         for value, mine in values:
             cells = []
-            for arm in ("none", "rlsd", "egrsd"):
+            for arm in ("none", "teacher", "rlsd", "egrsd"):
                 scores = column(where(mine, arm=arm), "accuracy")
                 cells.append(f"{statistics.fmean(scores):.1f}" if scores else "")
             pairs = all_pairs(differences(mine, "egrsd", "rlsd", "accuracy"))
@@ -369,6 +371,30 @@ def draw_properties(path: Path, rows: list[dict]) -> None:
         axis.axhline(0, color="#555555", lw=1)
         axis.set_xlabel(name)
     axes[0, 0].set_ylabel("egrsd \u2212 rlsd (points)")
+    save_figure(path, figure)
+
+
+def draw_by_teacher(path: Path, rows: list[dict]) -> None:
+    """Gate minus no gate of each base, over how well its teacher reads: which regime pays?"""
+    figure, axes = canvas(1, 1, 7.5, 4.5)
+    axis = axes[0, 0]
+    groups = {"h1": [], "h2": [], "h2, one property changed": [], "h3": []}
+    for regime in different(rows, "regime"):
+        name, _, changed = regime.partition(":")
+        for base in different(where(rows, regime=regime), "base"):
+            mine = where(rows, regime=regime, base=base)
+            pairs = all_pairs(differences(mine, "egrsd", "rlsd", "accuracy"))
+            teacher = column(where(mine, arm="teacher"), "accuracy")
+            if teacher and len(pairs) > 1:
+                group = f"{name}, one property changed" if changed else name
+                groups[group].append((teacher[0], *interval(pairs)))
+    for (group, points), color, mark in zip(groups.items(), COLORS, MARKS):
+        if points:
+            axis.errorbar(*zip(*points), fmt=mark, color=color, capsize=3, label=group)
+    axis.axhline(0, color="#555555", lw=1)
+    axis.set(xlabel="the teacher's own accuracy (%)", ylabel="egrsd \u2212 rlsd (points)")
+    axis.set_title("each base: 95 % over its seeds")
+    axis.legend(fontsize=8)
     save_figure(path, figure)
 
 
@@ -406,6 +432,8 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
     if properties_of(test):
         fill(page, "properties", properties_table(test))
         draw_properties(results / "properties.png", test)
+    if where(test, arm="teacher"):
+        draw_by_teacher(results / "by-teacher.png", test)
     hours = sum(column(rows, "seconds")) / 3600
     commits = ", ".join(sorted({*different(rows, "commit")} - {""}))
     fill(page, "runs", f"{len(rows)} runs, {hours:.1f} hours of a core, commit {commits}.\n")

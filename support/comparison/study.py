@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from support.comparison import report
-from support.shared.console import fail, say
+from support.shared.console import fail, say, versions
 from support.shared.files import make_folder, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +64,7 @@ for gamma in ("0.1", "0.3", "0.5", "0.7"):
 for gamma, W in itertools.product(("0.3", "1"), ("1", "3", "7")):
     SWEEP[f"cl-egrsd-{gamma}-{W}"] = ["--gamma", gamma, "--W", W]
 ARMS = {"none": ["--method", "none", "--steps", "0"], **CORE, **OTHERS, **SWEEP}
+UNTRAINED = ("none", "teacher")  # the base alone, and with the reference in view
 
 # Whose learning rate an arm takes: all that weigh tokens by w share that of RLSD, which none of
 # them is about; the others have their own.
@@ -109,9 +110,9 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
         return
     if which == "large":
         yield from search_rates("h3", ("rlsd",))
-        yield from every("h3", "0", "012345", ("none", "rlsd", "egrsd", "shuffled"), chosen)
+        yield from every("h3", "0", "012345", (*UNTRAINED, "rlsd", "egrsd", "shuffled"), chosen)
         return
-    core = ("none", *CORE)
+    core = (*UNTRAINED, *CORE)
     yield from search_rates("h1")
     yield from every("h1", "012", "012345", core, chosen)
     yield from every("h1", "012", "01", OTHERS, chosen)
@@ -119,7 +120,8 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
     yield from every("h2", "012", "012", core, chosen)
     for name, values in PROPERTIES.items():
         for value in values:
-            yield from every(f"h2:{name}={value}", "0", "012", ("none", "rlsd", "egrsd"), chosen)
+            arms = (*UNTRAINED, "rlsd", "egrsd")
+            yield from every(f"h2:{name}={value}", "0", "012", arms, chosen)
     yield from every("h1", "012", "01", SWEEP, chosen)
     yield from every("h2", "012", "345", core, chosen)
     yield from every("h1", "012", "2", {**OTHERS, **SWEEP}, chosen)
@@ -134,11 +136,13 @@ def search_rates(regime: str, arms: tuple[str, ...] = TUNED) -> Iterator[dict[st
 
 def every(regime: str, bases: str, seeds: str, arms, chosen: dict) -> Iterator[dict[str, str]]:
     for seed, base, arm in itertools.product(seeds, bases, arms):
-        if arm == "none" and seed != "0":
+        if arm in UNTRAINED and seed != "0":
             continue  # the base has no seed
         lr = chosen.get((regime.split(":")[0], tuned_arm(arm)))
-        if lr or arm == "none":
-            yield line(regime, base, arm, seed, lr or "0")
+        if arm in UNTRAINED:
+            lr = "0"
+        if lr:
+            yield line(regime, base, arm, seed, lr)
 
 
 def tuned_arm(arm: str) -> str:
@@ -212,10 +216,27 @@ def options_of(run: dict[str, str], base: Path, folder: Path) -> list[str]:
     options += ["--max_completion", str(CAPS[run["regime"].split(":")[0]]), "--seed", run["seed"]]
     if run["regime"] == "h3":  # its prompts are longer than the preset's limit allows
         options += ["--max_length", "384"]
-    options += ARMS[run["arm"]]
-    if run["arm"] != "none":
+    options += ARMS.get(run["arm"], [])
+    if run["arm"] not in UNTRAINED:
         options += ["--lr", run["lr"]]
     return options
+
+
+def measure_teacher(run: dict[str, str], base: Path) -> tuple[dict, list[dict]]:
+    """The row of a base with the reference in view, and no curve."""
+    import egrsd
+    from tiny.measure import measure as measure_base
+
+    began = time.perf_counter()
+    s = egrsd.parse_settings(options_of(run, base, base))
+    found = measure_base(s, only="with reference")["with reference"]
+    row = {**run, **dict.fromkeys(COLUMNS[len(KEY) :], "")}
+    row["accuracy"] = round(found["accuracy"], 2)
+    row["length"] = round(found["length"], 2)
+    row["problems"] = sum(1 for _ in (base / f"{run['split']}.jsonl").open())
+    row["seconds"] = round(time.perf_counter() - began, 1)
+    row["commit"] = versions().get("commit", "")
+    return row, []
 
 
 def measure(run: dict[str, str], folder: Path) -> tuple[dict, list[dict]]:
@@ -300,6 +321,9 @@ def work(
         shutil.rmtree(folder, ignore_errors=True)  # half a run is begun again
         try:
             base = base_folder(out, run["regime"], run["base"])
+            if run["arm"] == "teacher":
+                outbox.put((run, measure_teacher(run, base), ""))
+                continue
             train(options_of(run, base, folder))
             outbox.put((run, measure(run, folder), ""))
         except (SystemExit, OSError, KeyError, ValueError, subprocess.CalledProcessError) as error:
