@@ -148,7 +148,7 @@ def estimate_memory(
         "base": bytes_each * min(base, m.base),
         "adapter, gradient, Adam": 16 * m.adapter,  # all float32
         "activations": micro_batch_tokens * kept,
-        "head": 4 * head_chunk * (3 * tile + 2 * m.hidden),  # float32
+        "head": 4 * head_chunk * (4 * tile + 2 * m.hidden),  # float32; two tiles, measured
     }
     if engine_tp:
         parts["engine"] = bytes_each * (m.base / engine_tp + m.adapter)
