@@ -166,6 +166,12 @@ def test_a_property_is_compared_with_as_many_seeds_of_the_unchanged_task(tmp_pat
     assert table[2].startswith("| p_style | 0.5 (h2) |  |  | 40.5 | 40.0 | -0.5 ±")
     assert table[3] == "| p_style | 0.9 | 30.0 | 80.0 | 50.0 | 55.0 | +5.0 ± 0.0 | 2 |"
     report.draw_properties(tmp_path / "properties.png", rows)
+    means = [5.0, -1.5, 99.0 - 50.0]  # of the changed task, and of two bases of h2
+    rows.append(row("rlsd", "1", "0", 50, regime="h2"))
+    pooled = report.plus_minus(*report.interval(means))
+    assert f"over all 3 bases of all regimes, each once: {pooled} points" in report.over_all_bases(
+        rows
+    )
     report.draw_by_teacher(tmp_path / "teachers.png", rows)
     for name in ("properties.png", "teachers.png"):
         assert (tmp_path / name).stat().st_size > 5_000
