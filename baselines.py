@@ -670,11 +670,18 @@ def train_method(argv: list[str]) -> None:
         train(s, use_method)
 
 
+def see_reference(options: list[str]) -> dict[str, float]:
+    """For the study: how good a base is as the teacher, with the reference in view."""
+    from tiny.measure import measure
+
+    return measure(parse_settings(options), only="with reference")["with reference"]
+
+
 if __name__ == "__main__":
     if "--study" in sys.argv[1:]:
         from support.comparison import study
 
-        study.main(sys.argv[1:], train_method)
+        study.main(sys.argv[1:], train_method, see_reference)
     else:
         with processes.ending_together():
             train_method(sys.argv[1:])

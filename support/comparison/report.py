@@ -170,10 +170,11 @@ def is_sweep(arm: str) -> bool:
 def sweep_table(rows: list[dict]) -> str:
     """Each gamma and W beside no gate, on the bases and seeds that all of them have."""
     swept = [row for row in rows if is_sweep(row["arm"])]
-    keys = [set(by_pair(swept, arm, "accuracy")) for arm in different(swept, "arm")]
-    if not keys:
+    if not swept:
         return ""
-    same = set.intersection(*keys)
+    same = set(by_pair(rows, "rlsd", "accuracy"))
+    for arm in different(swept, "arm"):
+        same &= by_pair(swept, arm, "accuracy").keys()
     common = [row for row in rows if (row["base"], row["seed"]) in same]
     lines = {}
     for arm in different(common, "arm"):
@@ -332,7 +333,9 @@ def properties_of(rows: list[dict]) -> dict[str, list[tuple[float, list[dict]]]]
             unchanged = [r for r in where(rows, regime="h2", base="0") if r["seed"] in seeds]
             found[name] = [(UNCHANGED[name], unchanged)]
         found[name].append((float(value), mine))
-    return {name: sorted(found[name], key=lambda pair: pair[0]) for name in sorted(found)}
+    for values in found.values():
+        values.sort(key=lambda pair: pair[0])
+    return dict(sorted(found.items()))
 
 
 def properties_table(rows: list[dict]) -> str:

@@ -222,14 +222,12 @@ def options_of(run: dict[str, str], base: Path, folder: Path) -> list[str]:
     return options
 
 
-def measure_teacher(run: dict[str, str], base: Path) -> tuple[dict, list[dict]]:
+def measure_teacher(
+    run: dict[str, str], base: Path, see_reference: Callable[[list[str]], dict[str, float]]
+) -> tuple[dict, list[dict]]:
     """The row of a base with the reference in view, and no curve."""
-    import egrsd
-    from tiny.measure import measure as measure_base
-
     began = time.perf_counter()
-    s = egrsd.parse_settings(options_of(run, base, base))
-    found = measure_base(s, only="with reference")["with reference"]
+    found = see_reference(options_of(run, base, base))
     row = {**run, **dict.fromkeys(COLUMNS[len(KEY) :], "")}
     row["accuracy"] = round(found["accuracy"], 2)
     row["length"] = round(found["length"], 2)
@@ -307,6 +305,7 @@ def work(
     out: Path,
     log: Path,
     train: Callable,
+    see_reference: Callable,
 ) -> None:
     """A process that does one run after another; what it would print goes to a file."""
     sys.stdout = sys.stderr = log.open("w", buffering=1)
@@ -322,7 +321,7 @@ def work(
         try:
             base = base_folder(out, run["regime"], run["base"])
             if run["arm"] == "teacher":
-                outbox.put((run, measure_teacher(run, base), ""))
+                outbox.put((run, measure_teacher(run, base, see_reference), ""))
                 continue
             train(options_of(run, base, folder))
             outbox.put((run, measure(run, folder), ""))
@@ -331,7 +330,13 @@ def work(
 
 
 def do_runs(
-    which: str, out: Path, results: Path, jobs: int, minutes: float, train: Callable
+    which: str,
+    out: Path,
+    results: Path,
+    jobs: int,
+    minutes: float,
+    train: Callable,
+    see_reference: Callable,
 ) -> None:
     """Keep `jobs` processes busy until the plan is done, or the minutes are over."""
     end = time.monotonic() + 60 * minutes
@@ -342,7 +347,8 @@ def do_runs(
     for number in range(jobs):
         inbox = context.Queue()
         log = out / f"worker_{number}.log"
-        worker = context.Process(target=work, args=(inbox, outbox, out, log, train), daemon=True)
+        given = inbox, outbox, out, log, train, see_reference
+        worker = context.Process(target=work, args=given, daemon=True)
         worker.start()
         workers.append(worker)
         idle.append(inbox)
@@ -390,8 +396,14 @@ def keep_busy(
     bar.close()
 
 
-def main(argv: list[str], train: Callable[[list[str]], None]) -> None:
-    """`train(options)` is one run of baselines.py, which must be importable by other processes."""
+def main(
+    argv: list[str],
+    train: Callable[[list[str]], None],
+    see_reference: Callable[[list[str]], dict[str, float]],
+) -> None:
+    """`train(options)` is one run of baselines.py, `see_reference(options)` gives the accuracy and
+    length of a base that sees the references. Other processes must be able to import both.
+    """
     parser = argparse.ArgumentParser(
         prog="baselines.py --study", description=__doc__.split("\n")[0]
     )
@@ -413,7 +425,7 @@ def main(argv: list[str], train: Callable[[list[str]], None]) -> None:
         make_folder(results)
         write_json(o.out / "arms.json", ARMS)
         which = "quick" if o.quick else "large" if o.large else "whole"
-        do_runs(which, o.out, results, o.jobs, o.minutes, train)
+        do_runs(which, o.out, results, o.jobs, o.minutes, train, see_reference)
     if not (results / "runs.csv").exists():
         fail(f"--report: there is no {results}/runs.csv; --study without --report makes it")
     page = ROOT / "RESULTS.md" if results == ROOT / "results" else results / "RESULTS.md"
