@@ -439,7 +439,8 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
         if others:
             table += f"\nNot yet run on all bases, and so not here: {', '.join(others)}.\n"
         fill(page, f"arms {regime}", table)
-        draw_frontier(results / f"frontier-{regime}.png", compared, regime, looks)
+        students = filter(lambda row: row["arm"] != "teacher", compared)  # it sees the answer
+        draw_frontier(results / f"frontier-{regime}.png", list(students), regime, looks)
         sampled = [row for row in curves if row["arm"] != "sft"]  # it trains on references
         learning, _ = on_all_bases(where(sampled, regime=regime, split="test"), single)
         draw_curves(results / f"curves-{regime}.png", learning, regime, looks)
