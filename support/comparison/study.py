@@ -109,8 +109,10 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
             yield line("embedded", "0", arm, seed, "2e-3")
         return
     if which == "large":
-        yield from search_rates("h3", ("rlsd",))
-        yield from every("h3", "0", "012345", (*UNTRAINED, "rlsd", "egrsd", "shuffled"), chosen)
+        # ours: RLSD's rate in h1 and h2, not searched again
+        same_rate = {("h3", "reward"): "1e-3", ("h3", "rlsd"): "1e-3"}
+        arms = (*UNTRAINED, "reward", "rlsd", "egrsd", "shuffled")
+        yield from every("h3", "0", "012345", arms, same_rate)
         return
     core = (*UNTRAINED, *CORE)
     yield from search_rates("h1")
@@ -124,13 +126,14 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
             yield from every(f"h2:{name}={value}", "0", "012", arms, chosen)
     yield from every("h1", "012", "01", SWEEP, chosen)
     yield from every("h2", "012", "345", core, chosen)
+    yield from every("h2", "012", "01", {**OTHERS, **SWEEP}, chosen)
     yield from every("h1", "012", "2", {**OTHERS, **SWEEP}, chosen)
-    yield from every("h2", "012", "012", {**OTHERS, **SWEEP}, chosen)
+    yield from every("h2", "012", "2", {**OTHERS, **SWEEP}, chosen)
 
 
-def search_rates(regime: str, arms: tuple[str, ...] = TUNED) -> Iterator[dict[str, str]]:
+def search_rates(regime: str) -> Iterator[dict[str, str]]:
     """On validation problems, each method with the same budget: three rates, one seed."""
-    for lr, arm in itertools.product(RATES, arms):
+    for lr, arm in itertools.product(RATES, TUNED):
         yield line(regime, "0", arm, "0", lr, split="validation")
 
 
