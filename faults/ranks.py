@@ -2,11 +2,13 @@
 
     python faults/ranks.py --seed 0                  # all, about half an hour on two cores
     python faults/ranks.py --fault stop --phase rollout
+    python faults/ranks.py --of eval                 # eval.py, some ten minutes
 
 Each run is a real torchrun with two ranks. The rank that is struck is struck by itself, as it
 enters the phase. What is measured: seconds until every process has ended, also those that grade;
 whether the message names rank and phase; whether the run, resumed on as many and on another number
-of ranks, comes to the result of the one that nothing happened to.
+of ranks, comes to the result of the one that nothing happened to. An evaluation is resumed by the
+same command; its result is its samples and its table.
 """
 
 import argparse
@@ -39,7 +41,9 @@ PHASES = {  # -> how often a run of RUN enters it before it is struck there: 1 i
     "saving": 4,
     "end": 1,
 }
+EVAL_PHASES = {"loading": 1, "engine start": 1, "sampling": 1, "sampling, half done": 3, "end": 1}
 RUN = "--preset tiny --batch_size 8 --max_completion 24 --steps 4 --save_every 2".split()
+EVALUATION = "--preset tiny --limit 24 --K 4 --batch 4 --max_new 24".split()
 LIMIT = 20  # seconds of --rank_timeout where a rank is stopped
 MACHINE = ("seconds", "tokens_per_second", "memory_gib", "canary", "skipped_prompts")
 
@@ -64,8 +68,9 @@ def strike(fault: str) -> None:
 
 
 def be_a_rank(argv: list[str]) -> None:
-    """egrsd.py, struck as FAULT_* of the environment say."""
+    """egrsd.py or eval.py, struck as FAULT_* of the environment say."""
     import egrsd
+    import eval as ev
     from support.shared import processes
 
     fault = os.environ["FAULT"]
@@ -85,14 +90,31 @@ def be_a_rank(argv: list[str]) -> None:
     if processes.rank_and_world()[0] == int(os.environ["FAULT_RANK"]):
         processes.enter = enter
         load = egrsd.models.load_base
+        skeleton = ev.models.load_skeleton
+        append = ev.append_lines
 
-        def load_base(*args):
-            enter("loading")
-            return load(*args)
+        def load_base(*args, **options):
+            if os.environ["FAULT_OF"] == "train":
+                enter("loading")
+            return load(*args, **options)
+
+        def load_skeleton(*args):
+            if os.environ["FAULT_OF"] == "eval":
+                enter("loading")
+            return skeleton(*args)
+
+        def append_lines(*args) -> None:
+            append(*args)
+            enter("sampling")  # once more, so that it can be struck in the middle
 
         egrsd.models.load_base = load_base
+        ev.models.load_skeleton = load_skeleton
+        ev.append_lines = append_lines
     with processes.ending_together():
-        egrsd.train(egrsd.parse_settings(argv))
+        if os.environ["FAULT_OF"] == "eval":
+            ev.main(argv)
+        else:
+            egrsd.train(egrsd.parse_settings(argv))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,21 +148,22 @@ def family_of(mark: str) -> list[int]:
     return found
 
 
-def run_whole(argv: list[str], nproc: int, log: Path) -> None:
-    process = torchrun(nproc, ROOT / "egrsd.py", *argv, log=log)
+def run_whole(of: str, argv: list[str], nproc: int, log: Path) -> None:
+    script = {"train": "egrsd.py", "eval": "eval.py"}[of]
+    process = torchrun(nproc, ROOT / script, *argv, log=log)
     if process.wait(900):
         raise SystemExit(f"{argv} on {nproc} ended badly:\n{log.read_text()[-3000:]}")
 
 
 def run_struck(
-    argv: list[str], fault: str, phase: str, rank: int, number: int, folder: Path
+    of: str, argv: list[str], fault: str, phase: str, rank: int, number: int, folder: Path
 ) -> tuple[float, str]:
     """-> seconds from the blow until the last process ended, and what was printed"""
     mark = folder / "mark"
     mark.unlink(missing_ok=True)
     name = f"{fault}-{phase}-{time.time()}"
     env = {"FAULT": fault, "FAULT_PHASE": phase, "FAULT_RANK": str(rank), "FAULT_NAME": name}
-    env |= {"FAULT_MARK": str(mark), "FAULT_TIME": str(number)}
+    env |= {"FAULT_MARK": str(mark), "FAULT_TIME": str(number), "FAULT_OF": of}
     log = folder / "log.txt"
     process = torchrun(2, __file__, "--as_rank", *argv, log=log, **env)
     deadline = time.time() + 300
@@ -182,6 +205,15 @@ def same(out: Path, whole: Path, exact: bool) -> bool:
     return True
 
 
+def same_evaluation(out: Path, whole: Path) -> bool:
+    """The same samples, in any order, and the same table."""
+    lines = []
+    for folder in (out, whole):
+        lines.append(sorted((folder / "samples.jsonl").read_text().splitlines()))
+    tables = [(folder / "table.md").read_bytes() for folder in (out, whole)]
+    return lines[0] == lines[1] and tables[0] == tables[1]
+
+
 def message_of(text: str, fault: str) -> str:
     """The sentence that says who it was."""
     for pattern in (r"rank \d+ (?:died|has given|has not|ended) .*?(?=\. All|\n|$)",):
@@ -192,14 +224,17 @@ def message_of(text: str, fault: str) -> str:
 
 
 def strike_and_resume(
-    fault: str, phase: str, rank: int, nproc: int, argv: list[str], folder: Path
+    of: str, fault: str, name: str, rank: int, nproc: int, argv: list[str], folder: Path
 ) -> list[str]:
     """Print one row of the table, resumed on `nproc` ranks. -> what was wrong with it"""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
+    phase = name.partition(",")[0]
+    number = PHASES[name] if of == "train" else EVAL_PHASES[name]
     limit = LIMIT if fault == "stop" else 600
-    given = [*argv, "--rank_timeout", str(limit), "--out", str(out)]
-    seconds, text = run_struck(given, fault, phase, rank, PHASES[phase], folder)
+    given = [*argv, "--out", str(out)]
+    timed = [*given, "--rank_timeout", str(limit)]
+    seconds, text = run_struck(of, timed, fault, phase, rank, number, folder)
     wrong = []
     message = message_of(text, fault)
     if fault != "torchrun" and (f"rank {rank} " not in message or phase not in message):
@@ -207,16 +242,30 @@ def strike_and_resume(
     allowed = 60 + (LIMIT if fault == "stop" else 0)
     if seconds > allowed:
         wrong.append(f"took {seconds:.0f} s to end")
-    again = ["--resume", "--rank_timeout", "600", "--out", str(out)]
-    run_whole(again, nproc, folder / "resume.txt")
-    equal = same(out, folder / "whole", nproc == 2)
+    if of == "train":
+        again = ["--resume", "--rank_timeout", "600", "--out", str(out)]
+        run_whole(of, again, nproc, folder / "resume.txt")
+        equal = same(out, folder / "whole", nproc == 2)
+    else:
+        run_whole(of, timed, nproc, folder / "resume.txt")
+        equal = same_evaluation(out, folder / "whole")
     if not equal:
         wrong.append(f"resumed on {nproc}: another result")
     verdict = "WRONG" if wrong else "ok"
     resumed = f"resumed on {nproc}: {'equal' if equal else 'DIFFERS'}"
-    print(f"{fault:<9}{phase:<13}rank {rank} {seconds:6.1f} s  {resumed}  {verdict}")
+    print(f"{fault:<9}{name:<20}rank {rank} {seconds:6.1f} s  {resumed}  {verdict}")
     print(f"    {message}", flush=True)
-    return [f"{fault}, {phase}, rank {rank}: {sentence}" for sentence in wrong]
+    return [f"{fault}, {name}, rank {rank}: {sentence}" for sentence in wrong]
+
+
+def options_for(of: str, folder: Path) -> list[str]:
+    """Of a run that is over in seconds."""
+    if of == "eval":
+        return EVALUATION
+    held_out = folder / "held_out.jsonl"
+    few = (ROOT / "tiny" / "test.jsonl").read_text().splitlines(keepends=True)[:8]
+    held_out.write_text("".join(few))
+    return [*RUN, "--eval_data", str(held_out)]
 
 
 def main() -> None:
@@ -224,9 +273,10 @@ def main() -> None:
         be_a_rank(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--of", choices=["train", "eval"], default="train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", choices=FAULTS, nargs="+", default=FAULTS)
-    parser.add_argument("--phase", choices=PHASES, nargs="+", default=[*PHASES])
+    parser.add_argument("--phase", choices=[*PHASES, *EVAL_PHASES], nargs="+", help="default: all")
     parser.add_argument("--resume_on", type=int, nargs="+", default=[2, 1], help="in turn")
     given = parser.parse_args()
     rng = random.Random(given.seed)
@@ -234,16 +284,13 @@ def main() -> None:
     rows = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        held_out = folder / "held_out.jsonl"
-        few = (ROOT / "tiny" / "test.jsonl").read_text().splitlines(keepends=True)[:8]
-        held_out.write_text("".join(few))
-        argv = [*RUN, "--eval_data", str(held_out)]
-        run_whole([*argv, "--out", str(folder / "whole")], 2, folder / "log.txt")
-        for phase in given.phase:
+        argv = options_for(given.of, folder)
+        run_whole(given.of, [*argv, "--out", str(folder / "whole")], 2, folder / "log.txt")
+        for phase in given.phase or (PHASES if given.of == "train" else EVAL_PHASES):
             for fault in given.fault:
                 rank = rng.randrange(2)
                 nproc = given.resume_on[rng.randrange(len(given.resume_on))]
-                wrong += strike_and_resume(fault, phase, rank, nproc, argv, folder)
+                wrong += strike_and_resume(given.of, fault, phase, rank, nproc, argv, folder)
                 rows += 1
     print(f"{rows} struck, {len(wrong)} wrong")
     for sentence in wrong:
