@@ -69,7 +69,8 @@ def test_any_beginning_of_the_core_is_balanced_and_each_run_is_one_that_can_be_p
     for name, options in study.ARMS.items():
         made = dict(zip(study.KEY, ("h1", "0", name, "0", "1e-3", "test")))
         s = parse_comparison(study.options_of(made, ROOT / "tiny", ROOT / "runs" / "x"))
-        assert s.steps == (0 if name == "none" else 40) and s.batch_size == 32
+        steps = {"none": 0, **dict.fromkeys(study.LONG, 100)}
+        assert s.steps == steps.get(name, 40) and s.batch_size == 32
         assert options
 
 
@@ -135,6 +136,22 @@ def test_nobody_waits_for_a_base_that_another_process_makes(tmp_path) -> None:
     (base / "model.safetensors").write_bytes(b"")
     other = study.next_run("whole", tmp_path, {study.key_of(first)}, tmp_path)
     assert (other["regime"], other["base"]) == ("h1", "0")
+
+
+def test_checks_are_counted_by_operation_in_the_steps_asked_for(tmp_path) -> None:
+    texts = [
+        (0, "#1 1 +1 = 2 wait check yes wait check no redo #1 1 +1 = 2", "Compute 1 #1 +1 ."),
+        (9, "#1 1 +1 = 2 #2 2 +1 = 3 wait check yes", "Compute 1 #1 +1 #2 +1 #3 +2 ."),
+        (10, "wait check yes", "Compute 1 #1 +1 ."),
+    ]
+    path = tmp_path / "rollouts.jsonl"
+    assert study.checks_of(path, range(10)) == ""
+    lines = [json.dumps({"step": s, "text": t, "problem": p}) + "\n" for s, t, p in texts]
+    path.write_text("".join(lines))
+    assert study.checks_of(path, range(10)) == 0.75
+    assert study.checks_of(path, range(10, 20)) == 1.0
+    curves = [{**row("rlsd", "0", "0", 50), "step": step, "checks": step} for step in ("10", "20")]
+    assert "| 50.0 | 50.0 | 50.0 | 20.00 |" in report.arms_table(curves[:1], curves)
 
 
 def test_a_sweep_is_compared_where_all_its_arms_ran() -> None:

@@ -23,7 +23,9 @@ T_95 = (
 
 QUESTIONS = (  # question, arm, minus arm
     ("Does the ratio help?", "rlsd", "reward"),
+    ("... after 100 steps?", "long-rlsd", "long-reward"),
     ("Does the gate help?", "egrsd", "rlsd"),
+    ("... after 100 steps?", "long-egrsd", "long-rlsd"),
     ("Does it know where?", "egrsd", "shuffled"),
     ("", "shuffled", "rlsd"),
     ("", "inverted", "rlsd"),
@@ -44,6 +46,11 @@ QUESTIONS = (  # question, arm, minus arm
 )
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 MARKS = "os^Dv<>P*Xhp"
+# The arms of the figures: methods. Controls and schedules are in the tables, and would hide them.
+METHODS = (
+    "none", "reward", "rlsd", "egrsd", "cl-egrsd", "grpo",
+    "sft", "opsd", "opsd-reverse", "crisp", "atesd",
+)  # fmt: skip
 UNCHANGED = {  # the properties' values in regime h2, as tiny/make.py has them
     "p_reference_hard": 0.5,
     "p_hard_low": 0.5,
@@ -135,8 +142,12 @@ def listed(values: list[float], sign: str = "+") -> str:
 # Tables
 
 
-def arms_table(rows: list[dict]) -> str:
-    """Each arm's accuracy and length over all its runs, best first."""
+def arms_table(rows: list[dict], curves: list[dict]) -> str:
+    """Each arm's accuracy and length over all its runs, best first; and how often it checked an
+    operation in its last ten steps of training."""
+    last = {}
+    for row in curves:
+        last[row["arm"], row["base"], row["seed"]] = row.get("checks", "")
     lines = []
     for arm in different(rows, "arm"):
         mine = where(rows, arm=arm)
@@ -146,9 +157,17 @@ def arms_table(rows: list[dict]) -> str:
             bases.setdefault(row["base"], []).append(float(row["accuracy"]))
         lr = mine[0]["lr"] if mine[0]["lr"] != "0" else ""
         tokens = statistics.fmean(column(mine, "length"))
+        checks = []
+        for row in mine:
+            found = last.get((arm, row["base"], row["seed"]))
+            if found:
+                checks.append(float(found))
         text = f"| {arm} | {lr} | {len(mine)} | {plus_minus(mean, half, '')} "
-        lines.append((mean, text + f"| {listed(base_means(bases), '')} | {tokens:.1f} |\n"))
-    head = "| arm | lr | runs | accuracy, % | by base | tokens |\n|---|---|---|---|---|---|\n"
+        text += f"| {listed(base_means(bases), '')} | {tokens:.1f} "
+        text += f"| {statistics.fmean(checks):.2f} |\n" if checks else "| |\n"
+        lines.append((mean, text))
+    head = "| arm | lr | runs | accuracy, % | by base | tokens | checks |\n"
+    head += "|---|---|---|---|---|---|---|\n"
     return head + "".join(text for _, text in sorted(lines, reverse=True))
 
 
@@ -232,16 +251,10 @@ def rates_table(rows: list[dict]) -> str:
 # Figures
 
 
-Looks = dict[str, tuple[str, str]]
-
-
-def choose_looks(arms: list[str]) -> Looks:
-    """arm -> (mark, color), in all figures; neighbours differ in both, and no two are the same."""
-    looks = {}
-    for k, arm in enumerate(arms):
-        mark = MARKS[(k + k // len(COLORS)) % len(MARKS)]
-        looks[arm] = mark, COLORS[k % len(COLORS)]
-    return looks
+def look_of(arm: str) -> dict[str, str]:
+    """Mark and color of a method, the same in all figures; no two share one of both."""
+    k = METHODS.index(arm)
+    return {"marker": MARKS[k], "color": COLORS[k % len(COLORS)]}
 
 
 def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
@@ -272,16 +285,15 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
     save_figure(path, figure)
 
 
-def draw_frontier(path: Path, rows: list[dict], regime: str, looks: Looks) -> None:
-    """Accuracy over length: a point an arm, 95 % bars, and the frontier that no arm beats."""
+def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
+    """Accuracy over length: a point a method, 95 % bars, and the frontier that none beats."""
     figure, axes = canvas(1, 1, 7.5, 5)
     axis = axes[0, 0]
     points = []
     for arm in different(rows, "arm"):
-        mark, color = looks[arm]
         y, yerr = interval(column(where(rows, arm=arm), "accuracy"))
         x, xerr = interval(column(where(rows, arm=arm), "length"))
-        style = {"fmt": mark, "color": color, "capsize": 2, "elinewidth": 0.8}
+        style = {"ls": "", "capsize": 2, "elinewidth": 0.8, **look_of(arm)}
         axis.errorbar(x, y, yerr=yerr, xerr=xerr, label=arm, **style)
         points.append((x, y))
     best = []
@@ -297,19 +309,18 @@ def draw_frontier(path: Path, rows: list[dict], regime: str, looks: Looks) -> No
     save_figure(path, figure)
 
 
-def draw_curves(path: Path, curves: list[dict], regime: str, looks: Looks) -> None:
+def draw_curves(path: Path, curves: list[dict], regime: str) -> None:
     """Share of right rollouts while training: means over runs."""
     figure, axes = canvas(1, 1, 7.5, 4.5)
     axis = axes[0, 0]
     for arm in different(curves, "arm"):
-        mark, color = looks[arm]
         mine = where(curves, arm=arm)
         steps = different(mine, "step")
         means = []
         for step in steps:
             means.append(100 * statistics.fmean(column(where(mine, step=step), "correct")))
         steps = list(map(int, steps))
-        axis.plot(steps, means, marker=mark, color=color, ms=4, lw=1.2, label=arm)
+        axis.plot(steps, means, ms=4, lw=1.2, label=arm, **look_of(arm))
     axis.set(xlabel="step", ylabel="right rollouts (%, means of ten steps)")
     axis.set_title(f"regime {regime}: sampled at T 1.1 while training")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
@@ -418,7 +429,6 @@ def draw_by_teacher(path: Path, rows: list[dict]) -> None:
 def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> None:
     """Fill the page's blocks; what stands between them is written by hand and stays."""
     test = where(rows, split="test")
-    looks = choose_looks(different(test, "arm"))
     for regime in different(rows, "regime"):
         if ":" in regime:  # one property of the task changed: in draw_properties
             continue
@@ -435,15 +445,17 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
             fill(page, f"sweep {regime}", table)
         single = [row for row in mine if not is_sweep(row["arm"])]
         compared, others = on_all_bases(single, single)
-        table = arms_table(compared)
+        trained = where(curves, regime=regime, split="test")
+        table = arms_table(compared, trained)
         if others:
             table += f"\nNot yet run on all bases, and so not here: {', '.join(others)}.\n"
         fill(page, f"arms {regime}", table)
-        students = filter(lambda row: row["arm"] != "teacher", compared)  # it sees the answer
-        draw_frontier(results / f"frontier-{regime}.png", list(students), regime, looks)
-        sampled = [row for row in curves if row["arm"] != "sft"]  # it trains on references
-        learning, _ = on_all_bases(where(sampled, regime=regime, split="test"), single)
-        draw_curves(results / f"curves-{regime}.png", learning, regime, looks)
+        methods = filter(lambda row: row["arm"] in METHODS, compared)
+        draw_frontier(results / f"frontier-{regime}.png", list(methods), regime)
+        learning, _ = on_all_bases(trained, single)
+        # Not SFT, which trains on references.
+        sampled = [row for row in learning if row["arm"] in METHODS and row["arm"] != "sft"]
+        draw_curves(results / f"curves-{regime}.png", sampled, regime)
     if properties_of(test):
         fill(page, "properties", f"{properties_table(test)}\n{over_all_bases(test)}")
         draw_properties(results / "properties.png", test)

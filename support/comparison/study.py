@@ -63,13 +63,17 @@ for gamma in ("0.1", "0.3", "0.5", "0.7"):
     SWEEP[f"egrsd-{gamma}"] = ["--gamma", gamma, "--W", "0"]
 for gamma, W in itertools.product(("0.3", "1"), ("1", "3", "7")):
     SWEEP[f"cl-egrsd-{gamma}-{W}"] = ["--gamma", gamma, "--W", W]
-ARMS = {"none": ["--method", "none", "--steps", "0"], **CORE, **OTHERS, **SWEEP}
+LONG = {}  # of as many steps as the paper's: added after the larger base's results were seen
+for name in ("reward", "rlsd", "egrsd"):
+    LONG[f"long-{name}"] = [*CORE[name], "--steps", "100", "--save_every", "100"]
+ARMS = {"none": ["--method", "none", "--steps", "0"], **CORE, **OTHERS, **SWEEP, **LONG}
 UNTRAINED = ("none", "teacher")  # the base alone, and with the reference in view
 
 # Whose learning rate an arm takes: all that weigh tokens by w share that of RLSD, which none of
 # them is about; the others have their own.
 TUNED = ("reward", "rlsd", "grpo", "sft", "opsd")
 RATE_OF = {"opsd-reverse": "opsd", "crisp": "opsd", "atesd": "opsd", "atesd-half": "opsd"}
+RATE_OF["long-reward"] = "reward"
 
 # "When does the gate matter?": one property of the task at a time, with the gate and without.
 PROPERTIES = {
@@ -92,7 +96,7 @@ COLUMNS = (
     "seconds",
     "commit",
 )
-CURVE = (*KEY, "step", "correct", "length")  # means of ten steps
+CURVE = (*KEY, "step", "correct", "length", "checks")  # means of ten steps
 
 # --------------------------------------------------------------------------------------------------
 # The plan
@@ -126,6 +130,7 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
             yield from every(f"h2:{name}={value}", "0", "012", arms, chosen)
     yield from every("h1", "012", "01", SWEEP, chosen)
     yield from every("h2", "012", "345", core, chosen)
+    yield from every("h1", "012", "01", LONG, chosen)
     yield from every("h2", "012", "01", {**OTHERS, **SWEEP}, chosen)
     yield from every("h1", "012", "2", {**OTHERS, **SWEEP}, chosen)
     yield from every("h2", "012", "2", {**OTHERS, **SWEEP}, chosen)
@@ -262,8 +267,23 @@ def measure(run: dict[str, str], folder: Path) -> tuple[dict, list[dict]]:
         means = {}
         for name in ("correct", "length"):
             means[name] = round(statistics.fmean(step[name] for step in part), 4)
+        steps = range(start, start + len(part))
+        means["checks"] = checks_of(folder / "rollouts.jsonl", steps)
         curve.append({**run, "step": start + len(part), **means})
     return row, curve
+
+
+def checks_of(rollouts: Path, steps: range) -> float | str:
+    """How many of its operations a rollout checks ("wait check"); empty without rollouts."""
+    checks = 0
+    operations = 0
+    if rollouts.exists():
+        for text in rollouts.read_text().splitlines():
+            row = json.loads(text)
+            if row["step"] in steps:
+                checks += row["text"].count("wait check")
+                operations += row["problem"].count("#")
+    return round(checks / operations, 4) if operations else ""
 
 
 # --------------------------------------------------------------------------------------------------
