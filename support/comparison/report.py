@@ -23,6 +23,7 @@ T_95 = (
 
 QUESTIONS = (  # question, arm, minus arm
     ("Does the ratio help?", "rlsd", "reward"),
+    ("... at the same rate?", "rlsd", "reward-1e-3"),
     ("... after 100 steps?", "long-rlsd", "long-reward"),
     ("Does the gate help?", "egrsd", "rlsd"),
     ("... after 100 steps?", "long-egrsd", "long-rlsd"),
