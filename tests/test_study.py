@@ -4,6 +4,11 @@ import csv
 import json
 import math
 import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, run
@@ -100,6 +105,44 @@ def test_a_study_goes_on_from_its_rows_and_a_report_needs_no_run(tmp_path) -> No
     assert (results / "frontier-embedded.png").stat().st_size > 10_000
     with (results / "runs.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 9
+
+
+A_STUDY = """
+import os, sys, time
+from pathlib import Path
+here = Path(__file__).parent
+sys.path.insert(0, ROOT)
+from support.comparison import study
+
+def train(options):
+    (here / "pid").write_text(str(os.getpid()))
+    time.sleep(100)
+
+if __name__ == "__main__":
+    (here / "results").mkdir()
+    study.do_runs("quick", here, here / "results", 1, 9.0, train, train)
+"""
+
+
+def test_the_processes_of_a_killed_study_end_with_it(tmp_path) -> None:
+    script = tmp_path / "a_study.py"
+    script.write_text(A_STUDY.replace("ROOT", repr(str(ROOT))))
+    (tmp_path / "bases").mkdir()
+    parent = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+    told = tmp_path / "pid"
+    wait_for(lambda: told.exists() and told.read_text())
+    worker = Path("/proc") / told.read_text()
+    assert worker.exists()
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not worker.exists())
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_measures_of_a_run_come_from_its_own_files(tmp_path) -> None:

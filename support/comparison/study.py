@@ -11,11 +11,12 @@ import fcntl
 import itertools
 import json
 import multiprocessing
-import queue
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -331,6 +332,12 @@ def next_run(which: str, results: Path, taken: set, out: Path) -> dict[str, str]
     return None
 
 
+def end_with_parent() -> None:
+    """Else what a killed study has begun goes on, in the folder that the next study writes to."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def work(
     inbox: multiprocessing.Queue,
     outbox: multiprocessing.Queue,
@@ -341,13 +348,9 @@ def work(
 ) -> None:
     """A process that does one run after another; what it would print goes to a file."""
     sys.stdout = sys.stderr = log.open("w", buffering=1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     while True:
-        try:
-            run = inbox.get(timeout=5)
-        except queue.Empty:
-            if multiprocessing.parent_process().is_alive():
-                continue
-            return
+        run = inbox.get()
         folder = out / "runs" / "-".join(key_of(run)).replace(":", "-")
         shutil.rmtree(folder, ignore_errors=True)  # half a run is begun again
         try:
