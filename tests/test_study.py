@@ -181,20 +181,23 @@ def test_nobody_waits_for_a_base_that_another_process_makes(tmp_path) -> None:
     assert (other["regime"], other["base"]) == ("h1", "0")
 
 
-def test_checks_are_counted_by_operation_in_the_steps_asked_for(tmp_path) -> None:
+def test_operations_are_judged_each_by_itself_in_the_steps_asked_for(tmp_path) -> None:
     texts = [
-        (0, "#1 1 +1 = 2 wait check yes wait check no redo #1 1 +1 = 2", "Compute 1 #1 +1 ."),
-        (9, "#1 1 +1 = 2 #2 2 +1 = 3 wait check yes", "Compute 1 #1 +1 #2 +1 #3 +2 ."),
-        (10, "wait check yes", "Compute 1 #1 +1 ."),
+        (0, "#1 1 +1 = 3 wait check yes wait check no redo #1 1 +1 = 2 wait check yes"),
+        (9, "#1 1 -2 = 9 #2 9 +3 = 2 so #3 2 +5 = 8 wait check no redo #3 2 +5 = 6"),
+        (10, "#1 4 +4 = 9 wait check yes"),
     ]
     path = tmp_path / "rollouts.jsonl"
-    assert study.checks_of(path, range(10)) == ""
-    lines = [json.dumps({"step": s, "text": t, "problem": p}) + "\n" for s, t, p in texts]
-    path.write_text("".join(lines))
-    assert study.checks_of(path, range(10)) == 0.75
-    assert study.checks_of(path, range(10, 20)) == 1.0
-    curves = [{**row("rlsd", "0", "0", 50), "step": step, "checks": step} for step in ("10", "20")]
-    assert "| 50.0 | 50.0 | 50.0 | 20.00 |" in report.arms_table(curves[:1], curves)
+    assert study.operations_of(path, range(10)) == {}
+    path.write_text("".join(json.dumps({"step": s, "text": t}) + "\n" for s, t in texts))
+    # Four operations, four checks; #1 and #3 begin wrong, #3 stays so.
+    assert study.operations_of(path, range(10)) == {"checks": 1.0, "slips": 0.5, "left": 0.25}
+    assert study.operations_of(path, range(10, 20)) == {"checks": 1, "slips": 1, "left": 1}
+    curves = []
+    for step in ("10", "20"):
+        end = {"step": step, "checks": step, "slips": "0.5", "left": ""}
+        curves.append({**row("rlsd", "0", "0", 50), **end})
+    assert "| 50.0 | 50.0 | 50.0 | 20.00 | 50.0 |  |" in report.arms_table(curves[:1], curves)
 
 
 def test_a_sweep_is_compared_where_all_its_arms_ran() -> None:

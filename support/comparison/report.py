@@ -144,11 +144,11 @@ def listed(values: list[float], sign: str = "+") -> str:
 
 
 def arms_table(rows: list[dict], curves: list[dict]) -> str:
-    """Each arm's accuracy and length over all its runs, best first; and how often it checked an
-    operation in its last ten steps of training."""
+    """Each arm's accuracy and length over all its runs, best first; and of its last ten steps of
+    training how it carried out operations, see study.operations_of."""
     last = {}
     for row in curves:
-        last[row["arm"], row["base"], row["seed"]] = row.get("checks", "")
+        last[row["arm"], row["base"], row["seed"]] = row
     lines = []
     for arm in different(rows, "arm"):
         mine = where(rows, arm=arm)
@@ -158,18 +158,24 @@ def arms_table(rows: list[dict], curves: list[dict]) -> str:
             bases.setdefault(row["base"], []).append(float(row["accuracy"]))
         lr = mine[0]["lr"] if mine[0]["lr"] != "0" else ""
         tokens = statistics.fmean(column(mine, "length"))
-        checks = []
-        for row in mine:
-            found = last.get((arm, row["base"], row["seed"]))
-            if found:
-                checks.append(float(found))
         text = f"| {arm} | {lr} | {len(mine)} | {plus_minus(mean, half, '')} "
         text += f"| {listed(base_means(bases), '')} | {tokens:.1f} "
-        text += f"| {statistics.fmean(checks):.2f} |\n" if checks else "| |\n"
+        ends = [last.get((arm, row["base"], row["seed"]), {}) for row in mine]
+        text += f"| {mean_of(ends, 'checks', 1, 2)} "
+        text += f"| {mean_of(ends, 'slips', 100, 1)} | {mean_of(ends, 'left', 100, 1)} |\n"
         lines.append((mean, text))
-    head = "| arm | lr | runs | accuracy, % | by base | tokens | checks |\n"
-    head += "|---|---|---|---|---|---|---|\n"
+    head = "| arm | lr | runs | accuracy, % | by base | tokens | checks | slips, % | left, % |\n"
+    head += "|---|---|---|---|---|---|---|---|---|\n"
     return head + "".join(text for _, text in sorted(lines, reverse=True))
+
+
+def mean_of(rows: list[dict], name: str, factor: float, digits: int) -> str:
+    """Of those that have the figure; empty where none has."""
+    values = []
+    for row in rows:
+        if row.get(name):
+            values.append(factor * float(row[name]))
+    return f"{statistics.fmean(values):.{digits}f}" if values else ""
 
 
 def gamma_and_window(arm: str) -> tuple[float, int] | None:

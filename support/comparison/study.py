@@ -6,12 +6,14 @@ goes on where it was stopped, and from the rows of another machine.
 """
 
 import argparse
+import collections
 import csv
 import fcntl
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -107,7 +109,9 @@ COLUMNS = (
     "seconds",
     "commit",
 )
-CURVE = (*KEY, "step", "correct", "length", "checks")  # means of ten steps
+OPERATIONS = ("checks", "slips", "left")  # see operations_of
+CURVE = (*KEY, "step", "correct", "length", *OPERATIONS)  # means of ten steps
+WRITTEN = re.compile(r"(#\d+) (\d) ([+-]\d) = (\d)")  # an operation in a solution
 
 # --------------------------------------------------------------------------------------------------
 # The plan
@@ -278,22 +282,36 @@ def measure(run: dict[str, str], folder: Path) -> tuple[dict, list[dict]]:
         for name in ("correct", "length"):
             means[name] = round(statistics.fmean(step[name] for step in part), 4)
         steps = range(start, start + len(part))
-        means["checks"] = checks_of(folder / "rollouts.jsonl", steps)
+        if run["arm"] != "sft":  # its rollouts are the references
+            means |= operations_of(folder / "rollouts.jsonl", steps)
         curve.append({**run, "step": start + len(part), **means})
     return row, curve
 
 
-def checks_of(rollouts: Path, steps: range) -> float | str:
-    """How many of its operations a rollout checks ("wait check"); empty without rollouts."""
-    checks = 0
-    operations = 0
+def operations_of(rollouts: Path, steps: range) -> dict[str, float]:
+    """Of the operations in these steps' rollouts: how often one is checked; and the shares of them
+    whose first value is wrong, and whose last one is. Nothing without rollouts."""
+    counts = collections.Counter()
     if rollouts.exists():
         for text in rollouts.read_text().splitlines():
             row = json.loads(text)
             if row["step"] in steps:
-                checks += row["text"].count("wait check")
-                operations += row["problem"].count("#")
-    return round(checks / operations, 4) if operations else ""
+                counts += operations_in(row["text"])
+    total = counts["operations"]
+    return {name: round(counts[name] / total, 4) for name in OPERATIONS if total}
+
+
+def operations_in(text: str) -> collections.Counter:
+    """Each is judged by itself: a wrong value that the next one starts from counts once."""
+    counts = collections.Counter(checks=text.count("wait check"))
+    last = {}
+    for label, x, change, value in WRITTEN.findall(text):
+        wrong = (int(x) + int(change)) % 10 != int(value)
+        if label not in last:
+            counts.update(operations=1, slips=wrong)
+        last[label] = wrong
+    counts["left"] = sum(last.values())
+    return counts
 
 
 # --------------------------------------------------------------------------------------------------
