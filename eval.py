@@ -47,7 +47,7 @@ from support.evaluation.compare import compare
 from support.evaluation.scores import report
 from support.shared import adapters, engines, files, models, processes
 from support.shared.console import fail, progress, say, versions
-from support.shared.files import append_lines, json_lines, read_json, write_json, write_text
+from support.shared.files import appender, json_lines, read_json, write_json, write_text
 from support.shared.options import check_rules, make_parser, opt
 
 # --------------------------------------------------------------------------------------------------
@@ -387,6 +387,7 @@ def generate_samples(
         total=len(done) + len(todo), initial=len(done), desc="evaluate", unit="sample"
     ) as bar:
         show = scoreboard(bar, todo, done)
+        append = appender(path) if path else None
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
             prompts = [item["prompt_ids"] for item in part]
@@ -397,12 +398,12 @@ def generate_samples(
             for n, (i, ids, _) in enumerate(drawn, 1):
                 row = samples.finish_sample(part[i], ids, tokenizer, eos_ids, e.save_ids)
                 waiting.append(row)
-                if path is None:
+                if not append:
                     continue
                 if n < len(part) and time.perf_counter() - last < 1:  # a kill costs a second's work
                     continue
                 samples.grade(waiting, e.grader)
-                append_lines(path, waiting)
+                append(waiting)
                 show(waiting)
                 waiting = []
                 last = time.perf_counter()

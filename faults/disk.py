@@ -332,8 +332,12 @@ def try_to_disturb(
             code, said = disturb(program, argv, log, out, after, change)
             struck += code == 1
             problem = complaint(code, said, out)
+            if kind == "removed" and code == 0:
+                problem = problem or "it noticed nothing"
             if kind == "read-only":
                 remount(place, "rw")
+            else:  # it may have been writing a checkpoint just then, which is left
+                shutil.rmtree(out, ignore_errors=True)
             problem = problem or go_on(program, goes_on(argv, out), out, leaves, wanted, log)
             where = f"{name}, {kind} after {after} lines"
             if problem:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def be_a_rank(argv: list[str]) -> None:
         processes.enter = enter
         load = egrsd.models.load_base
         skeleton = ev.models.load_skeleton
-        append = ev.append_lines
+        appender = ev.appender
 
         def load_base(*args, **options):
             if os.environ["FAULT_OF"] == "train":
@@ -103,13 +104,18 @@ def be_a_rank(argv: list[str]) -> None:
                 enter("loading")
             return skeleton(*args)
 
-        def append_lines(*args) -> None:
-            append(*args)
-            enter("sampling")  # once more, so that it can be struck in the middle
+        def appender_of(path: Path) -> Callable[[list[dict]], None]:
+            append = appender(path)
+
+            def append_and_enter(rows: list[dict]) -> None:
+                append(rows)
+                enter("sampling")  # once more, so that it can be struck in the middle
+
+            return append_and_enter
 
         egrsd.models.load_base = load_base
         ev.models.load_skeleton = load_skeleton
-        ev.append_lines = append_lines
+        ev.appender = appender_of
     with processes.ending_together():
         if os.environ["FAULT_OF"] == "eval":
             ev.main(argv)

@@ -254,15 +254,37 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_the_run_is_the_sam
 
 
 def test_a_full_disk_in_the_middle_of_the_log_ends_with_a_sentence(tmp_path) -> None:
-    from support.shared.files import append_lines
+    from support.shared.files import appender
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
     try:
         with pytest.raises(SystemExit, match=r"log.jsonl could not be written.*--resume"):
-            append_lines(tmp_path / "log.jsonl", [{"step": 1, "text": "x" * 2_000}])
+            appender(tmp_path / "log.jsonl")([{"step": 1, "text": "x" * 2_000}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_log_that_somebody_deletes_or_changes_ends_the_run(tmp_path) -> None:
+    from support.shared.files import appender
+
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 0}\n')
+    append = appender(path)  # goes on with what is there
+    append([{"step": 1}])
+    append([{"text": "é"}])
+    assert [json.loads(line) for line in path.read_text().splitlines()][1:] == [
+        {"step": 1},
+        {"text": "é"},
+    ]
+    other = appender(path)
+    other([{"step": 3}])
+    with pytest.raises(SystemExit, match="log.jsonl was changed by another program"):
+        append([{"step": 3}])
+    path.unlink()
+    with pytest.raises(SystemExit, match="log.jsonl could not be written .No such file"):
+        other([{"step": 4}])
+    assert not path.exists()
 
 
 def test_an_output_folder_that_cannot_be_made_and_a_missing_gpu_are_said_at_once(tmp_path) -> None:

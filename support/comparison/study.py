@@ -145,7 +145,7 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
             yield from every(f"h2:{name}={value}", "0", "012", arms, chosen)
     yield from every("h1", "012", "01", SWEEP, chosen)
     yield from every("h2", "012", "345", core, chosen)
-    yield from every("h1", "012", "01", LONG, chosen)
+    yield from every("h1", "012", "0", LONG, chosen)
     yield from every("h2", "012", "012", SAME_RATE, chosen)
     yield from every("h2", "012", "0", {**OTHERS, **SWEEP}, chosen)
 

@@ -102,6 +102,21 @@ def json_lines(rows: Iterable[dict]) -> str:
     return "".join(lines)
 
 
-def append_lines(path: Path, rows: list[dict]) -> None:
-    with writing(path), path.open("a") as file:
-        file.write(json_lines(rows))
+def appender(path: Path) -> Callable[[list[dict]], None]:
+    """-> append(rows), which ends the program where the file is not as long as it left it.
+
+    Deleting a folder beside a running program can leave it there, with the files of that moment.
+    """
+    size = path.stat().st_size if path.exists() else 0
+
+    def append(rows: list[dict]) -> None:
+        nonlocal size
+        with writing(path):
+            if size and path.stat().st_size != size:
+                fail(f"{path} was changed by another program: this one cannot go on with it")
+            with path.open("a") as file:
+                file.write(json_lines(rows))
+                file.flush()
+                size = file.tell()
+
+    return append

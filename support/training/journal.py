@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from support.shared.console import first_line, progress, say
-from support.shared.files import append_lines, read_json, write_json
+from support.shared.files import appender, read_json, write_json
 from support.shared.plots import canvas, log_scale, write_figure
 from support.shared.processes import rank_and_world, reduce_
 
@@ -78,6 +78,8 @@ def open_journal(out: Path, rows: Iterable[dict], settings: dict, start: int) ->
             curves[name] = array("d")
     journal = SimpleNamespace(
         out=out,
+        add_rollouts=appender(out / "rollouts.jsonl"),
+        add_row=appender(out / "log.jsonl"),
         curves=curves,
         seconds=dict.fromkeys(PHASES, 0.0),
         bar=bar,
@@ -219,8 +221,8 @@ def record_step(
     kept = []
     for r in rollouts:
         kept.append({key: r[key] for key in ROLLOUT_KEYS})
-    append_lines(journal.out / "rollouts.jsonl", kept)
-    append_lines(journal.out / "log.jsonl", [row])
+    journal.add_rollouts(kept)
+    journal.add_row([row])
     remember(journal, row)
     if journal.wandb:
         journal.wandb.log(row, step=row["step"])
