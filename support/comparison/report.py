@@ -283,12 +283,13 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
             style = {"fmt": "s", "color": COLORS[1], "markersize": 4, "linewidth": 1}
             axis.errorbar(mean, -y - 0.25, xerr=over_bases, **style)
     axis.plot([], [], "o-", color=COLORS[0], label="95 % over pairs of base and seed")
-    axis.plot([], [], "s-", color=COLORS[1], label="95 % over bases", ms=4, lw=1)
+    if any(len(found) > 1 for _, found in shown):
+        axis.plot([], [], "s-", color=COLORS[1], label="95 % over bases", ms=4, lw=1)
     axis.axvline(0, color="#555555", lw=1)
     names, _ = zip(*shown)
     axis.set_yticks(range(0, -len(shown), -1), names)
     axis.set(xlabel="difference of held-out accuracy (points)", title=f"regime {regime}")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -1.6 / len(shown)), ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     save_figure(path, figure)
 
 
