@@ -92,6 +92,13 @@ def interval(values: list[float]) -> tuple[float, float | None]:
     return mean, t * statistics.stdev(values) / math.sqrt(n)
 
 
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; None for a single value."""
+    if len(values) < 2:
+        return values[0], None
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
 def by_pair(rows: list[dict], arm: str, name: str) -> dict[tuple[str, str], float]:
     """(base, seed) -> the figure of this arm's run."""
     return {(row["base"], row["seed"]): float(row[name]) for row in where(rows, arm=arm)}
@@ -294,13 +301,16 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
 
 
 def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
-    """Accuracy over length: a point a method, 95 % bars, and the frontier that none beats."""
+    """Accuracy over length: a point a method, and the frontier that none beats.
+
+    Bars are standard errors: 95 % intervals of three runs are wider than the picture.
+    """
     figure, axes = canvas(1, 1, 7.5, 5)
     axis = axes[0, 0]
     points = []
     for arm in different(rows, "arm"):
-        y, yerr = interval(column(where(rows, arm=arm), "accuracy"))
-        x, xerr = interval(column(where(rows, arm=arm), "length"))
+        y, yerr = mean_and_error(column(where(rows, arm=arm), "accuracy"))
+        x, xerr = mean_and_error(column(where(rows, arm=arm), "length"))
         style = {"ls": "", "capsize": 2, "elinewidth": 0.8, **look_of(arm)}
         axis.errorbar(x, y, yerr=yerr, xerr=xerr, label=arm, **style)
         points.append((x, y))
@@ -312,7 +322,7 @@ def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
         style = {"color": "#777777", "lw": 1, "ls": ":", "drawstyle": "steps-post"}
         axis.plot(*zip(*best), **style, label="frontier")
     axis.set(xlabel="mean length (tokens)", ylabel="held-out accuracy (%)")
-    axis.set_title(f"regime {regime}: bars are 95 % over runs")
+    axis.set_title(f"regime {regime}: bars are one standard error over runs")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     save_figure(path, figure)
 
