@@ -43,6 +43,7 @@ PHASES = {  # -> how often a run of RUN enters it before it is struck there: 1 i
     "end": 1,
 }
 EVAL_PHASES = {"loading": 1, "engine start": 1, "sampling": 1, "sampling, half done": 3, "end": 1}
+PHASES_OF = {"train": PHASES, "eval": EVAL_PHASES}
 RUN = "--preset tiny --batch_size 8 --max_completion 24 --steps 4 --save_every 2".split()
 EVALUATION = "--preset tiny --limit 24 --K 4 --batch 4 --max_new 24".split()
 LIMIT = 20  # seconds of --rank_timeout where a rank is stopped
@@ -236,7 +237,7 @@ def strike_and_resume(
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     phase = name.partition(",")[0]
-    number = PHASES[name] if of == "train" else EVAL_PHASES[name]
+    number = PHASES_OF[of][name]
     limit = LIMIT if fault == "stop" else 600
     given = [*argv, "--out", str(out)]
     timed = [*given, "--rank_timeout", str(limit)]
@@ -285,6 +286,9 @@ def main() -> None:
     parser.add_argument("--phase", choices=[*PHASES, *EVAL_PHASES], nargs="+", help="default: all")
     parser.add_argument("--resume_on", type=int, nargs="+", default=[2, 1], help="in turn")
     given = parser.parse_args()
+    phases = given.phase or [*PHASES_OF[given.of]]
+    if not set(phases) <= set(PHASES_OF[given.of]):
+        parser.error(f"--phase: those of --of {given.of} are {', '.join(PHASES_OF[given.of])}")
     rng = random.Random(given.seed)
     wrong = []
     rows = 0
@@ -292,7 +296,7 @@ def main() -> None:
         folder = Path(name)
         argv = options_for(given.of, folder)
         run_whole(given.of, [*argv, "--out", str(folder / "whole")], 2, folder / "log.txt")
-        for phase in given.phase or (PHASES if given.of == "train" else EVAL_PHASES):
+        for phase in phases:
             for fault in given.fault:
                 rank = rng.randrange(2)
                 nproc = given.resume_on[rng.randrange(len(given.resume_on))]

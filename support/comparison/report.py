@@ -266,7 +266,7 @@ def rates_table(rows: list[dict]) -> str:
 
 
 def look_of(arm: str) -> dict[str, str]:
-    """Mark and color of a method, the same in all figures; no two share one of both."""
+    """Mark and color of a method, the same in all figures; no two are alike."""
     k = METHODS.index(arm)
     return {"marker": MARKS[k], "color": COLORS[k % len(COLORS)]}
 
