@@ -60,6 +60,13 @@ def test_the_rate_is_chosen_on_validation_problems_alone_and_only_when_all_are_t
     rows.append(row("rlsd", "0", "0", 99, lr=study.RATES[0]))
     assert study.choose_rates(rows) == {("h1", "rlsd"): study.RATES[1]}
     assert study.choose_rates(rows[1:]) == {}
+    # What ran at another rate before is in the CSV, and not on the page.
+    rows.append(row("egrsd", "0", "0", 99, lr=study.RATES[1]))
+    rows.append(row("egrsd", "0", "0", 99, lr=study.RATES[2]))
+    rows.append(row("none", "0", "0", 30, lr="0"))
+    rows.append(row("rlsd", "0", "0", 99, lr=study.RATES[0], regime="h3"))
+    kept = study.at_chosen_rates(rows, study.choose_rates(rows))
+    assert kept == [*rows[:3], rows[4], *rows[6:]]
 
 
 def test_any_beginning_of_the_core_is_balanced_and_each_run_is_one_that_can_be_parsed() -> None:

@@ -187,6 +187,17 @@ def choose_rates(rows: list[dict]) -> dict[tuple[str, str], str]:
     return chosen
 
 
+def at_chosen_rates(rows: list[dict], chosen: dict[tuple[str, str], str]) -> list[dict]:
+    """Without test runs at a rate that was the arm's before its own had been searched."""
+    kept = []
+    for row in rows:
+        lr = chosen.get((row["regime"].split(":")[0], tuned_arm(row["arm"])))
+        searching = row["split"] != "test"
+        if searching or row["arm"] in UNTRAINED or lr is None or lr == row["lr"]:
+            kept.append(row)
+    return kept
+
+
 # --------------------------------------------------------------------------------------------------
 # One run
 
@@ -480,5 +491,8 @@ def main(
     if not (results / "runs.csv").exists():
         fail(f"--report: there is no {results}/runs.csv; --study without --report makes it")
     page = ROOT / "RESULTS.md" if results == ROOT / "results" else results / "RESULTS.md"
-    report.write(read_rows(results / "runs.csv"), read_rows(results / "curves.csv"), results, page)
+    rows = read_rows(results / "runs.csv")
+    curves = read_rows(results / "curves.csv")
+    chosen = choose_rates(rows)
+    report.write(at_chosen_rates(rows, chosen), at_chosen_rates(curves, chosen), results, page)
     say(f"tables in {page}, figures in {results}")
