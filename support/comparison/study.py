@@ -66,12 +66,18 @@ for gamma in ("0.1", "0.3", "0.5", "0.7"):
     SWEEP[f"egrsd-{gamma}"] = ["--gamma", gamma, "--W", "0"]
 for gamma, W in itertools.product(("0.3", "1"), ("1", "3", "7")):
     SWEEP[f"cl-egrsd-{gamma}-{W}"] = ["--gamma", gamma, "--W", W]
-# Added after first results were seen: as many steps as the paper has, where reward may catch up;
-# and reward alone at RLSD's rate in h2, where its own was a tie between that and a third of it.
+# Added after first results were seen: as many steps as the paper has, where reward may catch up.
 LONG = {}
 for name in ("reward", "rlsd", "egrsd"):
     LONG[f"long-{name}"] = [*CORE[name], "--steps", "100", "--save_every", "100"]
+# And given rates. Reward alone at RLSD's in h2, where its own was a tie between that and a third of
+# it. Three times RLSD's, which a search of their own found for EGRSD and CL-EGRSD in h1.
+GIVEN_RATE = {"reward-1e-3": "1e-3"}
 SAME_RATE = {"reward-1e-3": CORE["reward"]}
+HIGH_RATE = {}
+for name in ("rlsd", "egrsd", "cl-egrsd", "shuffled"):
+    GIVEN_RATE[f"{name}-3e-3"] = "3e-3"
+    HIGH_RATE[f"{name}-3e-3"] = CORE[name]
 ARMS = {
     "none": ["--method", "none", "--steps", "0"],
     **CORE,
@@ -79,6 +85,7 @@ ARMS = {
     **SWEEP,
     **LONG,
     **SAME_RATE,
+    **HIGH_RATE,
 }
 UNTRAINED = ("none", "teacher")  # the base alone, and with the reference in view
 
@@ -86,7 +93,7 @@ UNTRAINED = ("none", "teacher")  # the base alone, and with the reference in vie
 # them is about; the others have their own.
 TUNED = ("reward", "rlsd", "grpo", "sft", "opsd", "opsd-reverse", "crisp", "atesd")
 RATE_OF = {"atesd-half": "atesd", "long-reward": "reward"}
-CHECKED = ("egrsd", "cl-egrsd")  # is RLSD's rate theirs as well? Searched, and not used
+CHECKED = ("egrsd", "cl-egrsd")  # is RLSD's rate theirs as well? See HIGH_RATE
 
 # "When does the gate matter?": one property of the task at a time, with the gate and without.
 PROPERTIES = {
@@ -137,6 +144,8 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
         yield from search_rates(regime)
         yield from every(regime, "012", "012345", (*UNTRAINED, *CORE), chosen)
     for regime in ("h1", "h2"):
+        yield from every(regime, "012", "012345", HIGH_RATE, chosen)
+    for regime in ("h1", "h2"):
         yield from every(regime, "012", "012345", OTHERS, chosen)
     for name, values in PROPERTIES.items():
         for value in values:
@@ -158,15 +167,19 @@ def every(regime: str, bases: str, seeds: str, arms, chosen: dict) -> Iterator[d
     for seed, base, arm in itertools.product(seeds, bases, arms):
         if arm in UNTRAINED and seed != "0":
             continue  # the base has no seed
-        lr = chosen.get((regime.split(":")[0], tuned_arm(arm)))
-        if arm in UNTRAINED:
-            lr = "0"
+        lr = rate_of(regime, arm, chosen)
         if lr:
             yield line(regime, base, arm, seed, lr)
 
 
-def tuned_arm(arm: str) -> str:
-    return arm if arm in TUNED else RATE_OF.get(arm, "rlsd")
+def rate_of(regime: str, arm: str, chosen: dict[tuple[str, str], str]) -> str | None:
+    """The learning rate of an arm; None while it is being searched."""
+    if arm in UNTRAINED:
+        return "0"
+    if arm in GIVEN_RATE:
+        return GIVEN_RATE[arm]
+    tuned = arm if arm in TUNED else RATE_OF.get(arm, "rlsd")
+    return chosen.get((regime.split(":")[0], tuned))
 
 
 def line(regime: str, base: str, arm: str, seed: str, lr: str, split: str = "test") -> dict:
@@ -191,9 +204,9 @@ def at_chosen_rates(rows: list[dict], chosen: dict[tuple[str, str], str]) -> lis
     """Without test runs at a rate that was the arm's before its own had been searched."""
     kept = []
     for row in rows:
-        lr = chosen.get((row["regime"].split(":")[0], tuned_arm(row["arm"])))
-        searching = row["split"] != "test"
-        if searching or row["arm"] in UNTRAINED or lr is None or lr == row["lr"]:
+        lr = rate_of(row["regime"], row["arm"], chosen)
+        rateless = row["split"] != "test" or row["arm"] in UNTRAINED
+        if rateless or lr in (None, row["lr"]):
             kept.append(row)
     return kept
 
