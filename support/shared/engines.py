@@ -130,16 +130,16 @@ def hf_generate(
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             real[row, width - len(prompt) :] = 1
         row_seeds = seeds[start : start + batch] or [0]
-        add_noise, raw_logps = gumbel_sampler(row_seeds, model.device, temperature, warpers)
+        sampler = GumbelSampler(row_seeds, model.device, temperature, warpers)
         with autocast(model.device):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=real,
                 generation_config=config,
-                logits_processor=[add_noise],
+                logits_processor=[sampler],
                 synced_gpus=together,
             )
-        logps = torch.stack(raw_logps, 1).tolist()
+        logps = torch.stack(sampler.raw_logps, 1).tolist()
         for row, tokens in enumerate(out[: len(prompts) - start, width:].tolist()):
             n = completion_length(tokens, eos_ids)
             yield start + row, tokens[:n], logps[row][:n]
@@ -167,28 +167,31 @@ def sampling_warpers(temperature: float, top_p: float, top_k: int) -> list:
     return warpers
 
 
-def gumbel_sampler(
-    seeds: list[int], device: torch.device, temperature: float, warpers: list
-) -> tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor]]:
-    """A logits processor that makes greedy decoding sample, and a list of raw log-probabilities.
+class GumbelSampler:
+    """A logits processor that makes greedy decoding sample, and keeps the raw log-probabilities.
 
     argmax(z + Gumbel noise) is a sample of softmax(z). Each row has a generator of its own, so that
-    no row depends on the batch around it.
+    no row depends on the batch around it. A class, since generate looks up the signature of
+    `__call__` at each token: of a plain function that took a seventh of the tiny model's decoding.
     """
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    raw_logps = []  # of each position: (b,), at temperature 1
 
-    def add_noise(so_far: Tensor, z: Tensor) -> Tensor:
+    def __init__(
+        self, seeds: list[int], device: torch.device, temperature: float, warpers: list
+    ) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.temperature = temperature
+        self.warpers = warpers
+        self.raw_logps: list[Tensor] = []  # of each position: (b,), at temperature 1
+
+    def __call__(self, so_far: Tensor, z: Tensor) -> Tensor:
         raw = z.log_softmax(-1)  # (b, V)
-        if temperature > 0:
-            for warper in warpers:
+        if self.temperature > 0:
+            for warper in self.warpers:
                 z = warper(so_far, z)
             noise = torch.empty_like(z)
-            for row, generator in zip(noise, generators):
+            for row, generator in zip(noise, self.generators):
                 row.exponential_(generator=generator)
             z = z - noise.log()
         chosen = z.argmax(-1, keepdim=True)  # (b, 1)
-        raw_logps.append(raw.gather(1, chosen).squeeze(1))
+        self.raw_logps.append(raw.gather(1, chosen).squeeze(1))
         return z
-
-    return add_noise, raw_logps
