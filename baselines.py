@@ -35,6 +35,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import sys
 from argparse import ArgumentParser
 from collections import defaultdict
@@ -220,6 +221,11 @@ def use_method(run: SimpleNamespace, s: ComparisonSettings) -> None:
         for name, p in trainable(run.model).items():
             run.kept[f"teacher/{name}"] = p.detach().clone()
         run.kept["teacher_step"] = torch.zeros((), dtype=torch.int64)
+    if s.method == "atesd":
+        # Its teacher always sees the boxed answer. A reference without one gets it here, so that
+        # next_problems knows the longest that can be shown.
+        for row in run.problems:
+            row["solution"] = exposure.expose(row["solution"], row["answer"], 1.0)
     if s.method == "atesd" and s.exposure == -1:
         run.kept.update(exposure.new_controller(s.seed))
     if s.method == "sft":
@@ -248,13 +254,13 @@ def student_pass(
 ) -> dict[str, Tensor]:
     """Leave the gradient of the whole step in .grad. -> what loss_of says of all tokens, (N,) each.
 
-    loss_of(hidden (n, d), y (n,), now) of one micro-batch, whose tokens are the slice `now` of the
-    rank's, gives figures of its tokens, among them loss and logp, and dL/dhidden (n, d).
+    loss_of(hidden (n, d), y (n,), span) of one micro-batch, whose tokens are the slice `span` of
+    the rank's, gives figures of its tokens, among them loss and logp, and dL/dhidden (n, d).
     """
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)
     head = models.head_of(model)
-    model.train(s.gradient_checkpointing)
+    models.checkpoint_layers(model, True)
     done = defaultdict(list)
     start = 0
     for part in micro_batches(mine, "prompt_ids", s.micro_batch_tokens):
@@ -266,7 +272,7 @@ def student_pass(
         tokens["raw_logp"] = logp_at_one(tokens["logp"], hidden, head, y, s)
         for name, value in tokens.items():
             done[name].append(value)
-    model.eval()
+    models.checkpoint_layers(model, False)
     sum_gradients_over_ranks(model)
     return {name: torch.cat(values) for name, values in done.items()}
 
@@ -287,20 +293,18 @@ def tokens_of_step(rollouts: list[dict]) -> int:
 
 
 def by_likelihood(
-    model, rollouts: list[dict], s: Settings, weight_of: Callable[..., tuple[Tensor, dict]]
-) -> tuple[list[dict], dict[str, Tensor]]:
-    """Loss -1/M * sum of A_hat * log p(y), with (A_hat, figures) = weight_of(logp, now)."""
-    mine = deal_out(rollouts)
-    M = tokens_of_step(rollouts)
+    model, mine: list[dict], M: int, s: Settings, weight_of: Callable[..., tuple[Tensor, dict]]
+) -> dict[str, Tensor]:
+    """Loss -1/M * sum of A_hat * log p(y), with (A_hat, figures) = weight_of(logp, span)."""
     head = models.head_of(model)
 
-    def loss_of(hidden: Tensor, y: Tensor, now: slice) -> tuple[dict, Tensor]:
+    def loss_of(hidden: Tensor, y: Tensor, span: slice) -> tuple[dict, Tensor]:
         logp, dlogp = _logprob_and_gradient(hidden, head, y, s.head_chunk)  # (n,), (n, d)
-        A_hat, figures = weight_of(logp, now)  # (n,)
+        A_hat, figures = weight_of(logp, span)  # (n,)
         loss = -(A_hat * logp) / M
         return {"loss": loss, "logp": logp, **figures}, -(A_hat / M)[:, None] * dlogp
 
-    return mine, student_pass(model, mine, s, loss_of)
+    return student_pass(model, mine, s, loss_of)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,7 +330,9 @@ def imitate(model, rollouts: list[dict], s: Settings) -> tuple[list[dict], dict[
     """SFT: -1/M * sum of log p(s*)."""
     for r in rollouts:
         r["advantage"] = 1.0
-    return by_likelihood(model, rollouts, s, lambda logp, now: (torch.ones_like(logp), {}))
+    mine = deal_out(rollouts)
+    M = tokens_of_step(rollouts)
+    return mine, by_likelihood(model, mine, M, s, lambda logp, span: (torch.ones_like(logp), {}))
 
 
 def group_advantages(rewards: Tensor, size: int) -> Tensor:
@@ -347,8 +353,10 @@ def reinforce_groups(
     rewards = torch.tensor([r["reward"] for r in rollouts])  # in the order of the problems
     for r, A in zip(rollouts, group_advantages(rewards, s.rollouts_per_prompt).tolist()):
         r["advantage"] = A
-    A = advantages_of(deal_out(rollouts), models.head_of(model).device)  # (N,)
-    return by_likelihood(model, rollouts, s, lambda logp, now: (A[now], {}))
+    mine = deal_out(rollouts)
+    A = advantages_of(mine, models.head_of(model).device)  # (N,)
+    M = tokens_of_step(rollouts)
+    return mine, by_likelihood(model, mine, M, s, lambda logp, span: (A[span], {}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,17 +425,17 @@ def weigh_tokens(
     if s.control == "shuffled":
         omega = shuffle_over_step(omega, mine, lengths, s.seed, step)
 
-    def weight_of(logp: Tensor, now: slice) -> tuple[Tensor, dict]:
-        delta = logp_T[now] - logp
-        w = (A[now].sign() * delta).exp().clamp(1 - s.eps, 1 + s.eps)
+    def weight_of(logp: Tensor, span: slice) -> tuple[Tensor, dict]:
+        delta = logp_T[span] - logp
+        w = (A[span].sign() * delta).exp().clamp(1 - s.eps, 1 + s.eps)
         if s.rlsd_lambda:
             share = s.rlsd_lambda * max(0.0, 1 - step / 50)
             w = (1 - share) + share * w
         if s.control == "evidence":
-            return A[now] * (1 + omega[now] * (w - 1)), {"w": w}
-        return A[now] * w * omega[now], {"w": w}
+            return A[span] * (1 + omega[span] * (w - 1)), {"w": w}
+        return A[span] * w * omega[span], {"w": w}
 
-    mine, tokens = by_likelihood(model, rollouts, s, weight_of)
+    tokens = by_likelihood(model, mine, tokens_of_step(rollouts), s, weight_of)
     return mine, {"logp_T": logp_T, "H": H, "omega": omega, **tokens}
 
 
@@ -439,7 +447,9 @@ def gamma_of_step(s: ComparisonSettings, step: int) -> float:
 
 def gate_of_control(H: Tensor, lengths: Tensor, gamma: float, s: ComparisonSettings) -> Tensor:
     """(N,) omega: divided by which maximum, and which way round?"""
-    if s.control == "per_rank" and H.isfinite().all():
+    if s.control == "per_rank":
+        if not H.isfinite().all():
+            return torch.full_like(H, math.nan)  # train() sees a loss of NaN, and stops
         rows = []
         for h in H.split(lengths.tolist()):
             real = torch.ones_like(h)[None].bool()  # (1, T)
@@ -447,7 +457,7 @@ def gate_of_control(H: Tensor, lengths: Tensor, gamma: float, s: ComparisonSetti
         return torch.cat(rows)
     omega = gate_of_step(H, lengths, gamma, s.W)
     if s.control == "inverted":
-        return 1.1 - omega  # 0.1 where the teacher is certain, up to 0.1 + gamma where it is not
+        return 1.1 - omega  # from 0.1 where the teacher is certain up to 1 where it is not
     return omega
 
 
@@ -472,10 +482,10 @@ def shuffle_over_step(
 # --------------------------------------------------------------------------------------------------
 # Full distillation: OPSD, CRISP and ATESD match the teacher's whole distribution
 #
-# A divergence is a sum over the vocabulary of f(log p_T(v), log p_S(v)). With its derivative
-# g = df / d log p_S(v), the gradient with respect to the student's hidden state is
+# A divergence is a sum over the vocabulary of f(log p_T(k), log p_S(k)). With its derivative
+# g = df / d log p_S(k), the gradient with respect to the student's hidden state is
 #
-#     sum over v of g(v) U[v]  -  (sum over v of g(v)) * sum over v of p_S(v) U[v]
+#     sum over k of g(k) U[k]  -  (sum over k of g(k)) * sum over k of p_S(k) U[k]
 #
 # so that here, too, the head is walked in tiles and no (N, V) tensor is kept.
 
@@ -590,9 +600,9 @@ def distil(
             hiddens.append(completion_hidden(model, part, "teacher_prompt_ids")[0])
     hidden_T = torch.cat(hiddens) / s.logit_temperature  # (N, d): small beside its (N, V) logits
 
-    def loss_of(hidden: Tensor, y: Tensor, now: slice) -> tuple[dict, Tensor]:
+    def loss_of(hidden: Tensor, y: Tensor, span: slice) -> tuple[dict, Tensor]:
         value, gradient, logp_T, logp = divergence_and_gradient(
-            hidden_T[now], hidden, head, y, s.head_chunk, terms
+            hidden_T[span], hidden, head, y, s.head_chunk, terms
         )
         tokens = {"loss": value / M, "divergence": value, "logp": logp, "logp_T": logp_T}
         return tokens, gradient / M
@@ -648,7 +658,8 @@ def learn_exposure(
     if exposure.decides(step + 1):  # a forward pass each, so only when it is about to choose
         known = []
         for r in mine:
-            ids = data.encode_text(run.tokenizer, r["solution"])
+            room = s.max_length - len(r["teacher_prompt_ids"])
+            ids = data.encode_text(run.tokenizer, r["solution"])[:room]
             known.append({**r, "completion_ids": ids})
         with teaching(run, s, step):
             values["teacher"], _ = score_completions(run.model, known, "teacher_prompt_ids", s)

@@ -8,7 +8,7 @@ reference solution, is the teacher. Each sampled token is then pushed up or down
     loss       = -1/M * sum over i, t of A_hat[i,t] * log p_theta(y[i,t])
 
     direction   A      did this answer earn more reward than usual?                        Eq. 9
-    magnitude   w      does the teacher agree, more than the student does already?         Eq. 2
+    magnitude   w      does the teacher favour that direction more than the student does?  Eq. 2
     confidence  omega  is the teacher's distribution concentrated, by its entropy at t
                        (EGRSD) or by the lowest within the next W tokens (CL-EGRSD)?       Eq. 6, 8
 
@@ -24,12 +24,14 @@ Symbols (the paper's)                          Shapes
     H      teacher entropy in nats                 L  tokens of prompt and completion
     delta  log p_T(y) - log p_S(y), in nats        M  completion tokens of the whole step
     gamma  strength of the gate                    W  lookahead in tokens
-In code `s` is the settings, and a rollout `r` is a dictionary: see roll_out.
+                                                   U  rows of the head, (V, d)
+In code `s` is the settings. A rollout is a dictionary, see roll_out, and often `r`: its reward is
+r["reward"].
 
 The file reads as the data flow: settings, problems, rollout, reward, forward pass, head, gate, the
 step, training. "Alg. 1, line n" marks each line of Algorithm 1 once, in order. Where the paper is
-silent, or says two things, we had to decide. A tag marks where, here or in support/ (README says
-why):
+silent, or says two things, we had to decide. A tag marks where, here, in support/ or in
+diagnostics.py (README has the questions):
     D1   the gate divides by the step's highest entropy before the lookahead, at least 1 nat
     D2   a "batch" is the whole optimizer step: all ranks, all micro-batches
     D3   log-probabilities and entropies are at temperature 1, whatever the sampling
@@ -42,7 +44,7 @@ why):
     D10  a problem that does not fit is skipped and named, never cut
     D11  AdamW, constant rate, no decay; float32 adapter, bfloat16 base; pushed, never merged
     D12  the last box after the final </think> is graded
-    D13  logits must be hidden @ head.T: another head is refused
+    D13  logits must be hidden @ U.T: another head is refused
     D14  diagnostics.py: the reference is the worked solution, else a right completion, else the
          bare answer
     D15  diagnostics.py: a "batch" is the training step, or else 32 completions
@@ -175,8 +177,8 @@ class Settings:
     top_k: int = opt("rollout", 20, "most tokens that it considers, 0 = all")  # Table A1
 
 
-# What --resume may change: how far and how fast a run goes, not what it computes. (Another engine
-# draws other completions from the same seed.)
+# What --resume may change: how far and how fast a run goes. Attention, threads, sizes and sharding
+# change rounding alone; another engine also draws other completions from the same seed.
 FREE_ON_RESUME = (
     "out resume overwrite steps save_every wandb rank_timeout attn gradient_checkpointing shard "
     "threads micro_batch_tokens head_chunk engine rollout_tp check_data"
@@ -201,7 +203,7 @@ def parse_settings(
         run = run_folder.saved_settings(Path(out), vars(first), FREE_ON_RESUME)
     parser.set_defaults(**PRESETS[first.preset])
     parser.set_defaults(**run)
-    # Of this start, not of the run.
+    # These hold for one start: they are not taken over from the run that goes on.
     parser.set_defaults(resume=False, overwrite=False, check_data=False, wandb="")
     given = parser.parse_args(argv)
     given.out = out
@@ -258,9 +260,10 @@ def next_problems(
 # Rollout: vLLM inside the training process (colocated), with the adapter of the moment
 #
 # The engine has a copy of the base weights, and after each step the adapter is pushed to it. It is
-# not merged into them: in bfloat16 a change of 5e-6 would round away in the sum, and what merging
-# and unmerging round would add up in the base. The copy that is pushed has the engine's dtype, to
-# which autocast rounds it in the passes too. The float32 adapter itself loses nothing. [D11]
+# not merged into them: in bfloat16 a change of 5e-6 would round away in the sum, and the rounding
+# of each merge and unmerge would pile up in the base. The copy that is pushed has the engine's
+# dtype, to which autocast rounds it in the passes too. The float32 adapter itself loses nothing.
+# [D11]
 
 
 def roll_out(
@@ -455,11 +458,12 @@ def vllm_generate(
 
 
 def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grade]]:
-    """THE PLACE TO SWAP THE REWARD: rollouts -> (r, what to log) of each.
+    """THE PLACE TO SWAP THE REWARD: rollouts -> (reward, what to log) of each.
 
-    A rollout has problem, answer, graded_text, completion_ids, ... Only r trains; the Grade
-    (correct, answer, status) is for the log. Steps 0 to 9 subtract 0.5 from r, which suits rewards
-    between 0 and 1.5: see RewardStats.advantages. For plain correctness --beta_L 0 is enough.
+    A rollout has problem, answer, graded_text, completion_ids, ... Only the reward trains; the
+    Grade (correct, answer, status) is for the log. Steps 0 to 9 subtract 0.5 from it, which suits
+    rewards between 0 and 1.5: see RewardStats.advantages. For plain correctness --beta_L 0 is
+    enough.
     """
     # Right: the last box after the final </think> equals the gold, as math-verify sees it. [D12]
     texts = [r["graded_text"] for r in rollouts]
@@ -473,7 +477,7 @@ def compute_rewards(rollouts: list[dict], s: Settings) -> list[tuple[float, Grad
 
 
 def shaped_reward(correct: bool, length: int, max_completion: int, beta_L: float = 0.5) -> float:
-    """r = 1[correct] * (1 + beta_L * (1 - |y| / L_max)): 1 for the longest right answer, then more.
+    """r = 1[correct] * (1 + beta_L * (1 - |y| / L_max)), so 1 for a right answer at the cap.
 
     `length` and `max_completion` (L_max, the completion cap, not the sequence window) are in
     tokens. Section 3.
@@ -580,7 +584,10 @@ def load_student(model, folder: Path) -> None:
 
 
 def teacher_state(model) -> dict[str, Tensor]:
-    """What a checkpoint must keep of the teacher: nothing, since it is frozen."""
+    """What a checkpoint must keep of the teacher: nothing, since it is frozen.
+
+    A fork whose teacher moves returns its tensors here.
+    """
     return {}
 
 
@@ -642,9 +649,9 @@ def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[
 # The logits are most of a naive trainer's memory: in float32 those of 4 x 1,024 tokens are 2.5 GB
 # at V = 151,936, and autograd keeps several such tensors. Here `chunk` tokens meet a tile of the
 # head at a time, and only sums over the vocabulary outlive a tile. The student needs no autograd in
-# here either, since with the head's rows U (V, d) the gradient is known in closed form:
+# here either, since with U, the head's rows, the gradient is known in closed form:
 #
-#     d log p(y) / d hidden = U[y] - sum over v of p(v) U[v]
+#     d log p(y) / d hidden = U[y] - sum over k of p(k) U[k]
 #
 # Two tiles are put together by the share of the second, q = Z_tile / (Z + Z_tile):
 #
@@ -670,7 +677,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _softmax_of_tile(hidden: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(n, v) logits minus their largest, (n, v) e to these, (n,) its sum; (n,) log-sum-exp."""
+    """(n, v) logits minus the largest, (n, v) their exponentials, (n,) sums; (n,) log-sum-exp."""
     z = _matmul(hidden, tile.T)
     top = z.amax(1, keepdim=True)
     z -= top
@@ -712,7 +719,7 @@ def _logprob_and_gradient(
     gradients = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # (n, d), (n,)
         log_Z = h.new_full((len(h),), -math.inf, dtype=torch.float32)  # (n,) over all tiles so far
-        mean_row = torch.zeros_like(h, dtype=torch.float32)  # (n, d) likewise: sum of p(v) U[v]
+        mean_row = torch.zeros_like(h, dtype=torch.float32)  # (n, d) likewise: sum of p(k) U[k]
         for tile in vocab_tiles(head_weight):  # (v, d)
             _, e, total, log_Z_tile = _softmax_of_tile(h, tile)
             mean_of_tile = _matmul(e.to(tile.dtype), tile) / total[:, None]  # (n, d)
@@ -730,7 +737,8 @@ def logprob_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(N,) log p(target), (N,) entropy, in nats, of softmax(hidden @ head_weight.T). Eq. 4
 
-    `hidden` (N, d), `head_weight` (V, d), `targets` (N,) token ids; `chunk` tokens at a time.
+    `hidden` (N, d), `head_weight` (V, d), `targets` (N,) token ids; `chunk` tokens at a time. For
+    tests and forks: with checks, which the step does without.
     """
     tensors.check_head_input(hidden, head_weight, targets, chunk)
     logp, H = _logprob_and_entropy(hidden, head_weight, targets, chunk)
@@ -743,7 +751,7 @@ def logprob_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(N,) log p(target) and its (N, d) gradient with respect to `hidden`, float32.
 
-    Shapes as above. Eq. 7 is then one call: hidden.backward(-(A_hat / M)[:, None] * gradient).
+    Shapes and checks as above. Eq. 7 is then hidden.backward(-(A_hat / M)[:, None] * gradient).
     """
     tensors.check_head_input(hidden, head_weight, targets, chunk)
     logp, gradient = _logprob_and_gradient(hidden, head_weight, targets, chunk)
@@ -757,8 +765,8 @@ def score_completions(
 ) -> tuple[Tensor, Tensor]:
     """(N,) log p(y) and (N,) entropy, in nats, of all completion tokens, row after row. [D3]
 
-    `prompts` is the key of the prompt ids, see completion_hidden. What is not finite becomes NaN,
-    and no exception: that would leave the other ranks waiting.
+    `prompts` is the key of the prompt ids, see completion_hidden. NaN and infinity raise nothing
+    here: an exception on one rank would leave the others waiting.
     """
     head = models.head_of(model)
     logps = []
@@ -781,8 +789,7 @@ def logp_at_one(logp: Tensor, hidden: Tensor, head: Tensor, y: Tensor, s: Settin
 
 
 # --------------------------------------------------------------------------------------------------
-# Confidence: functions of (B, T) right-padded tensors and their mask; after them magnitude and
-# product in the same shape, which tests and diagnostics use, and the step writes on flat tensors
+# Confidence: functions of (B, T) right-padded tensors and their mask
 
 
 def lookahead_min(entropy: Tensor, mask: Tensor, W: int) -> Tensor:
@@ -822,14 +829,17 @@ def confidence_gate(
     return omega.masked_fill(~mask.bool(), 0.0)
 
 
+# Magnitude and product in the same shape, for tests and diagnostics. The step has its own two lines
+# for them, on flat tensors.
+
+
 def evidence_magnitude(
     teacher_logp: Tensor, student_logp: Tensor, direction: Tensor, eps: float = 0.2
 ) -> Tensor:
     """(B, T) w = clip(exp(D * delta), 1 - eps, 1 + eps), detached, from log-probabilities. Eq. 2
 
     Both are (B, T), in nats. `direction` is D = sign(A), (B,). D = 0 gives w = 1 [D5]. There is no
-    mask here: pads must hold numbers too. For tests and diagnostics: accumulate_gradient has its
-    own line for this, on flat tensors.
+    mask here: pads must hold numbers too.
     """
     tensors.check_magnitude_input(teacher_logp, student_logp, direction, eps)
     D = direction.to(teacher_logp)[:, None]  # (B, 1)
@@ -839,10 +849,7 @@ def evidence_magnitude(
 
 
 def token_advantages(advantages: Tensor, magnitude: Tensor, gate: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) A_hat = A * w * omega, detached, 0 on pads; `advantages` is (B,). Eq. 7
-
-    For tests and diagnostics, like evidence_magnitude.
-    """
+    """(B, T) A_hat = A * w * omega, detached, 0 on pads; `advantages` is (B,). Eq. 7"""
     tensors.check_product_input(advantages, magnitude, gate, mask)
     A_hat = advantages[:, None] * magnitude * gate
     return A_hat.masked_fill(~mask.bool(), 0.0).detach()
@@ -896,7 +903,7 @@ def accumulate_gradient(
     teacher_prompt_ids, completion_ids and advantage. What it leaves depends on them alone: ranks
     and micro-batches change nothing but rounding [D2].
     -> this rank's share of the rollouts, and flat (N,) tensors over their completion tokens, row
-    after row: logp_T, H, omega, logp, raw_logp (at temperature 1), w, loss. For the log.
+    after row: logp_T, H, omega, logp, w, loss, raw_logp (at temperature 1). For the log.
     """
     mine = deal_out(rollouts)
     M = sum(len(r["completion_ids"]) for r in rollouts)  # tokens of all ranks
@@ -907,7 +914,6 @@ def accumulate_gradient(
 
     # Lines 7 to 10. The teacher reads every completion, with the reference in its prompt: what does
     # it think of each token (log p_T), and how sure is it of what comes next (H)?
-    model.eval()
     with as_teacher(model):
         logp_T, H = score_completions(model, mine, "teacher_prompt_ids", s)  # (N,), (N,)
 
@@ -918,33 +924,34 @@ def accumulate_gradient(
     # at a time, and each token's gradient is weighed by what the three signals say of it.
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)  # not None: every rank has a gradient to reduce
-    model.train(s.gradient_checkpointing)  # transformers checkpoints only in training mode
-    done = {"logp": [], "raw_logp": [], "w": [], "loss": []}
+    models.checkpoint_layers(model, True)  # with --gradient_checkpointing
+    done = {"logp": [], "w": [], "loss": [], "raw_logp": []}
     start = 0
     for part in micro_batches(mine, "prompt_ids", s.micro_batch_tokens):
         hidden, y = completion_hidden(model, part, "prompt_ids")  # (n, d), (n,)
         hidden = hidden / s.logit_temperature  # divides the logits, and scales the gradient [D3]
         logp, dlogp = _logprob_and_gradient(hidden.detach(), head, y, s.head_chunk)  # (n,), (n, d)
-        now = slice(start, start + len(y))
-        start = now.stop
+        span = slice(start, start + len(y))  # of this micro-batch, among the rank's N tokens
+        start = span.stop
 
         # log p_S is this very pass, detached: each rollout is used once, so that there is no older
         # policy and no importance ratio [D6]. Where A = 0 the direction is 0, and so w = 1 [D5].
-        delta = logp_T[now] - logp  # Alg. 1, line 16
-        w = (A[now].sign() * delta).exp().clamp(1 - s.eps, 1 + s.eps)  # Alg. 1, line 17
-        A_hat = A[now] * w * omega[now]  # Alg. 1, line 18
+        delta = logp_T[span] - logp  # Alg. 1, line 16
+        w = (A[span].sign() * delta).exp().clamp(1 - s.eps, 1 + s.eps)  # Alg. 1, line 17
+        A_hat = A[span] * w * omega[span]  # Alg. 1, line 18
         loss = -(A_hat * logp) / M  # (n,), summed over the step; Alg. 1, line 19
 
         # The loss is for the log. Its gradient dL/dhidden is a known multiple of dlogp/dhidden,
         # since A_hat is a constant, and is applied here.
         hidden.backward((-(A_hat / M)[:, None] * dlogp).to(hidden.dtype))
 
-        # For the canary: how far is it from what the rollout engine said of the same tokens? A jump
-        # means that the engine runs other weights.
-        raw_logp = logp_at_one(logp, hidden, head, y, s)
-        for name, value in zip(done, (logp, raw_logp, w, loss)):
-            done[name].append(value)
-    model.eval()
+        done["logp"].append(logp)
+        done["w"].append(w)
+        done["loss"].append(loss)
+        # For the canary: at temperature 1 it should be what the rollout engine said of the same
+        # tokens. A jump in the distance means that the engine runs other weights.
+        done["raw_logp"].append(logp_at_one(logp, hidden, head, y, s))
+    models.checkpoint_layers(model, False)
     sum_gradients_over_ranks(model)
     student = {name: torch.cat(values) for name, values in done.items()}
     return mine, {"logp_T": logp_T, "H": H, "omega": omega, **student}
@@ -961,9 +968,10 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
     of run.roll_out and run.accumulate_gradient, tensors that checkpoints hold into run.kept, and
     figures for the log into run.figures. See baselines.py.
     """
-    run = set_up(s, method)
-    if run is None:  # it is finished already
+    run = load_run(s, method)
+    if is_finished(run, s):
         return
+    set_up(run, s)
     model = run.model
     # run.roll_out and run.accumulate_gradient are those above, unless a method changed them.
     # processes.enter(phase) is the clock, and tells the other ranks where this one is.
@@ -1016,54 +1024,24 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
     finish(run, s)
 
 
-def set_up(s: Settings, method: Callable | None = None) -> SimpleNamespace | None:
-    """Load, start the engine, show, evaluate before. -> all that the loop needs; None: finished.
+def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace:
+    """The run folder, data, model, optimizer and statistics, as its last checkpoint left them.
 
-    Nothing of an earlier run in --out is deleted before all that may fail has not. The fields:
+    All that the loop needs; the last three lines are from set_up():
         problems, held_out    rows of --data and --eval_data
         tokenizer, eos_ids    and the token ids that end a completion
         model, optimizer      base with adapter; AdamW
         stats                 running mean and deviation of the rewards
         start, position       first step to come; rows of the data gone through
-        sample, push          the engine: completions from it, the adapter to it
         sampling              temperature, top_p, top_k of training
         roll_out, accumulate_gradient, kept, figures    see train()
-        journal, summary      log, curves and bar; what summary.json will say
         out, checkpoint       the folder; what it goes on from, or None
         device, memory, began, stopped    this rank's; an estimate; when it began; signals that came
-        fingerprints    of data, model and tokenizer, so that --resume goes on with the same
+        fingerprints          of data, model and tokenizer, so that --resume goes on with the same
+        summary               what summary.json will say
+        sample, push          the engine: completions from it, the adapter to it
+        journal               log, curves and bar
     """
-    run = load_run(s, method)
-    if run is None:
-        return None
-    settings = dataclasses.asdict(s)
-    engine, why = engines.choose_engine(s.engine, run.device)
-    tp = 1
-    if engine == "vllm":
-        tp = engines.tensor_parallel(s.rollout_tp, run.model.config)
-    # To show and to probe with; the loop draws these problems again.
-    batch, _, _ = next_problems(run.problems, run.tokenizer, s, run.position)
-    files = opening.show_start(
-        settings, batch[0], run.tokenizer, f"{engine} ({why})", tp, run.device, run.memory
-    )
-    processes.enter("engine start")
-    run.sample, run.push = start_engine(s, run.model, run.eos_ids, run.device, engine, tp)
-    if engine == "vllm":
-        probe(run, batch[: max(8, processes.rank_and_world()[1])], s)
-
-    # From here on the run that was there may be deleted: this one has its engine.
-    rows = run_folder.clear_run(run.out, run.checkpoint, run.start, files)
-    run.journal = journal.open_journal(run.out, rows, settings, run.start)
-    run.push()  # what step `start` rolls out with
-    # Not after a resume: then it would be the trained adapter's.
-    if run.held_out and s.eval_before and "before" not in run.summary and not run.start:
-        run.summary["before"] = evaluate("before", run, s)
-        journal.write_summary(run.journal, run.summary)
-    return run
-
-
-def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | None:
-    """The run folder, data, model, optimizer and statistics, as its last checkpoint left them."""
     run = SimpleNamespace(began=time.perf_counter(), stopped=processes.stop_on_signals())
     run.out = Path(s.out)
     run.device = processes.start_processes(s.threads, s.rank_timeout)
@@ -1100,33 +1078,74 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace | N
     if s.shard:
         models.shard_layers(run.model, run.device)
     models.check_head(run.model, s.model, hidden_states)
-    run.start = 0
-    run.position = 0
-    if run.checkpoint:
-        run_folder.check_fingerprints(run.checkpoint, run.fingerprints)
-        run.start, run.position, stats = run_folder.load_checkpoint(
-            run.checkpoint,
-            trainable(run.model),
-            run.optimizer,
-            run.kept,
-            functools.partial(load_student, run.model),
-        )
-        run.stats.load_state_dict(stats)
-    run.summary = {}
-    if run.checkpoint:  # rank 0's: other machines need not have the file
-        run.summary = processes.gather([journal.read_summary(run.out)])[0]
-    evaluated = not run.held_out or run.summary.get("steps") == run.start
-    if run.checkpoint and run.start >= s.steps and evaluated:
-        console.say(
-            f"{run.out} is finished, with {run.start} steps. --steps N goes further, another --out "
-            "starts anew"
-        )
-        return None
+    restore(run)
     return run
 
 
+def restore(run: SimpleNamespace) -> None:
+    """Go on from the run's last checkpoint, or begin at step 0."""
+    run.start = 0
+    run.position = 0
+    run.summary = {}
+    if run.checkpoint is None:
+        return
+    run_folder.check_fingerprints(run.checkpoint, run.fingerprints)
+    run.start, run.position, stats = run_folder.load_checkpoint(
+        run.checkpoint,
+        trainable(run.model),
+        run.optimizer,
+        run.kept,
+        functools.partial(load_student, run.model),
+    )
+    run.stats.load_state_dict(stats)
+    # Rank 0's: other machines need not have the file.
+    run.summary = processes.gather([journal.read_summary(run.out)])[0]
+
+
+def is_finished(run: SimpleNamespace, s: Settings) -> bool:
+    """Whether nothing is left to do, which it then says."""
+    evaluated = not run.held_out or run.summary.get("steps") == run.start
+    if run.checkpoint is None or run.start < s.steps or not evaluated:
+        return False
+    console.say(
+        f"{run.out} is finished, with {run.start} steps. --steps N goes further, another --out "
+        "starts anew"
+    )
+    return True
+
+
+def set_up(run: SimpleNamespace, s: Settings) -> None:
+    """Start the engine, show what it will do, evaluate before.
+
+    An earlier run in --out is deleted only after all that may fail has succeeded.
+    """
+    settings = dataclasses.asdict(s)
+    engine, why = engines.choose_engine(s.engine, run.device)
+    tp = 1
+    if engine == "vllm":
+        tp = engines.tensor_parallel(s.rollout_tp, run.model.config)
+    # To show and to probe with; the loop draws these problems again.
+    batch, _, _ = next_problems(run.problems, run.tokenizer, s, run.position)
+    files = opening.show_start(
+        settings, batch[0], run.tokenizer, f"{engine} ({why})", tp, run.device, run.memory
+    )
+    processes.enter("engine start")
+    run.sample, run.push = start_engine(s, run.model, run.eos_ids, run.device, engine, tp)
+    if engine == "vllm":
+        probe(run, batch[: max(8, processes.rank_and_world()[1])], s)
+
+    # From here on the run that was there may be deleted: this one has its engine.
+    rows = run_folder.clear_run(run.out, run.checkpoint, run.start, files)
+    run.journal = journal.open_journal(run.out, rows, settings, run.start)
+    run.push()  # what step `start` rolls out with
+    # Not after a resume: then it would be the trained adapter's.
+    if run.held_out and s.eval_before and "before" not in run.summary and not run.start:
+        run.summary["before"] = evaluate("before", run, s)
+        journal.write_summary(run.journal, run.summary)
+
+
 def estimate_memory(s: Settings, device: torch.device) -> dict[str, float]:
-    """GiB of one process, from the model's configuration; exits where its GPU has not so much."""
+    """GiB of one process, from the model's configuration; exits if its GPU has less free."""
     skeleton = models.load_skeleton(s.model, s.trust_remote_code)
     tp = 0
     if engines.choose_engine(s.engine, device)[0] == "vllm":

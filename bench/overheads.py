@@ -84,18 +84,15 @@ def put_clocks(clock: Clock) -> None:
     egrsd.torch.nn.utils.clip_grad_norm_ = clock.timed("update", clip)
     set_up = egrsd.set_up
 
-    def set_up_and_restart(*args) -> SimpleNamespace | None:
-        run = set_up(*args)
-        if run:
-            sample = run.sample
-            # A generator does its work where it is consumed: here, as in roll_out, at once.
-            drawn = clock.timed("decode", lambda *args, **how: list(sample(*args, **how)))
-            run.sample = drawn
-            run.push = clock.timed("push", run.push)
-            run.accumulate_gradient = clock.timed("passes", run.accumulate_gradient)
-            run.optimizer.step = clock.timed("update", run.optimizer.step)
-            clock.restart()
-        return run
+    def set_up_and_restart(run: SimpleNamespace, s: egrsd.Settings) -> None:
+        set_up(run, s)
+        sample = run.sample
+        # A generator does its work where it is consumed: here, as in roll_out, at once.
+        run.sample = clock.timed("decode", lambda *args, **how: list(sample(*args, **how)))
+        run.push = clock.timed("push", run.push)
+        run.accumulate_gradient = clock.timed("passes", run.accumulate_gradient)
+        run.optimizer.step = clock.timed("update", run.optimizer.step)
+        clock.restart()
 
     egrsd.set_up = set_up_and_restart
 

@@ -59,7 +59,8 @@ def noise(like: Tensor, seed: int) -> Tensor:
 def begin(tokenizer, *args: object, learned: bool = True) -> tuple[SimpleNamespace, object]:
     """A run, as egrsd.load_run makes it, with its method; then student and teacher have learned."""
     s = settings_of(*args)
-    run = SimpleNamespace(model=egrsd.add_adapter(base_of(s), s), tokenizer=tokenizer)
+    model = egrsd.add_adapter(base_of(s), s)
+    run = SimpleNamespace(model=model, tokenizer=tokenizer, problems=[])
     run.roll_out, run.accumulate_gradient = egrsd.roll_out, egrsd.accumulate_gradient
     run.kept, run.figures = {}, {}
     baselines.use_method(run, s)
@@ -299,6 +300,21 @@ def test_atesds_controller_is_told_the_means_of_the_step(rollouts, tokenizer, mo
     assert told == pytest.approx(mean, rel=1e-4)
 
 
+def test_atesds_references_all_have_their_box_before_problems_are_chosen(tokenizer) -> None:
+    run, s = begin(tokenizer, "--method", "atesd")
+    run.problems = [
+        {"solution": "1 + 1 = 2. So it is 2.", "answer": "2"},
+        {"solution": "It is \\boxed{3}.", "answer": "3"},
+    ]
+    baselines.use_method(run, s)
+    solutions = [row["solution"] for row in run.problems]
+    assert solutions == ["1 + 1 = 2. So it is 2. \\boxed{2}", "It is \\boxed{3}."]
+    for share in (0, 0.4, 0.7, 1):  # nothing that is shown is longer than what was measured
+        for row in run.problems:
+            shown = exposure.expose(row["solution"], row["answer"], share)
+            assert len(shown) <= len(row["solution"]) and "\\boxed" in shown
+
+
 def test_crisp_takes_the_reverse_kl_to_a_copy_of_each_50_steps() -> None:
     s = settings_of("--method", "crisp")
     assert (s.divergence, s.teacher, s.teacher_every) == ("reverse", "copy", 50)
@@ -359,6 +375,15 @@ def test_rlsds_own_mixing_fades_in_50_steps(rollouts, tokenizer, step, mix) -> N
 def test_a_control_changes_one_thing_about_egrsd(rollouts, tokenizer, options, weigh) -> None:
     run, s = begin(tokenizer, *options, "--W", 2)
     assert_step(step_of(run, rollouts, s), slow_weighed(run, rollouts, s, weigh))
+
+
+def test_a_rank_whose_entropy_is_nan_asks_the_others_nothing(monkeypatch) -> None:
+    """With per_rank they would not answer, since each divides by its own maximum."""
+    s = settings_of("--control", "per_rank")
+    monkeypatch.setattr(egrsd.processes, "reduce_", None)
+    H, lengths = torch.tensor([0.5, math.nan, 1.0]), torch.tensor([1, 2])
+    assert baselines.gate_of_control(H, lengths, 1.0, s).isnan().all()
+    assert baselines.gate_of_control(H.nan_to_num(0), lengths, 1.0, s).isfinite().all()
 
 
 @pytest.mark.parametrize("schedule, shares", [("up", (0, 0.3, 1)), ("down", (1, 0.7, 0))])

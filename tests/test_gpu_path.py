@@ -117,6 +117,18 @@ def test_gradient_checkpointing_keeps_the_gradient_and_little_else(rollouts) -> 
     assert sizes[1] < 0.5 * sizes[0], sizes
 
 
+def test_checkpointing_turns_on_no_dropout_of_the_base(rollouts) -> None:
+    model, s = fresh_model("--gradient_checkpointing")
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.9
+    gradients = []
+    for _ in range(2):
+        egrsd.accumulate_gradient(model, rollouts, s)
+        gradients.append(torch.cat([p.grad.flatten() for p in egrsd.trainable(model).values()]))
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 def test_mm_with_a_float32_result_has_no_gradient_and_no_cpu_kernel() -> None:
     a = torch.ones(2, 3, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError):

@@ -132,6 +132,6 @@ def test_a_head_that_is_not_a_plain_product_is_refused() -> None:
         Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=0.1)),
         GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=8.0)),
     ):
-        with pytest.raises(SystemExit, match="not hidden @ W.T"):
+        with pytest.raises(SystemExit, match="not hidden @ U.T"):
             check_head(model, s.model, egrsd.hidden_states)
     check_head(LlamaForCausalLM(LlamaConfig(**sizes)), s.model, egrsd.hidden_states)

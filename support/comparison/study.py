@@ -291,7 +291,7 @@ def measure(run: dict[str, str], folder: Path) -> tuple[dict, list[dict]]:
     row["accuracy"] = summary["after"]["accuracy"]
     row["length"] = summary["after"]["length"]
     row["problems"] = summary["after"]["samples"]
-    row["seconds"] = summary["seconds"]["total"]
+    row["seconds"] = summary["seconds"]["this_start"]
     row["commit"] = read_json(folder / "versions.json", {}).get("commit", "")
     for name in ("delta_off", "magnitude_off", "gate"):  # over the last twenty steps
         values = [step[name] for step in log[-20:] if step[name] is not None]

@@ -84,6 +84,17 @@ def load_base(
     return base.eval().requires_grad_(False)
 
 
+def checkpoint_layers(model, on: bool) -> None:
+    """Whether layers drop their activations and compute them again in the backward pass.
+
+    transformers does so with a layer in training mode. What is inside it stays in evaluation mode,
+    without dropout. Nothing happens unless the model's checkpointing is enabled.
+    """
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = on
+
+
 def shard_layers(model, device: torch.device) -> None:
     """Keep on `device` this rank's part of each decoder layer, and the rest whole. In place.
 
@@ -155,7 +166,7 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 @torch.no_grad()
 def check_head(model, name: str, hidden_states: Callable[..., Tensor]) -> None:
-    """Refuse a model whose logits are not hidden @ W.T, with W its head. [D13]
+    """Refuse a model whose logits are not hidden @ U.T, with U its head. [D13]
 
     `hidden_states(model, ids)` are (B, L, d). Soft-capped, scaled and biased heads end here: by
     their configuration, since a cap of 30 changes small logits by next to nothing, then by numbers.
@@ -171,7 +182,7 @@ def check_head(model, name: str, hidden_states: Callable[..., Tensor]) -> None:
     limit = 1e-3 if head.dtype == torch.float32 else 2e-2
     if not distance < limit:
         fail(
-            f"--model {name}: its logits are not hidden @ W.T (relative distance {distance:.2g}); "
+            f"--model {name}: its logits are not hidden @ U.T (relative distance {distance:.2g}); "
             "a soft-capped, scaled or biased head is not supported [D13]"
         )
 
@@ -193,7 +204,7 @@ def refuse_head(config, name: str) -> None:
         value = getattr(config, key, neutral)
         if value not in (neutral, None):
             fail(
-                f"--model {name}: its logits are not hidden @ W.T ({key} is {value}); a "
+                f"--model {name}: its logits are not hidden @ U.T ({key} is {value}); a "
                 "soft-capped or scaled head is not supported [D13]. Take another model, or write "
                 "its head in _softmax_of_tile and the two functions that use it"
             )
