@@ -8,15 +8,17 @@ See what the gate does, token by token: sections 4.1, 5.5, Figures 3, 4, A1, A3 
     python diagnostics.py --tokens DIR/tokens.npz --gamma 1        # other settings, without a model
     python diagnostics.py --selftest                               # Appendix C, numerically
 
-Every option of egrsd.py works here too. In the folder: report.html and microscope.html (neither
-needs a network), the figures, summary.json, tokens.npz (one flat array per quantity over all
-completion tokens) and context.json (the rest). The gate, the magnitude and both passes are
-egrsd.py's own functions: no picture can show a gate that does not train.
+The options of egrsd.py for model, data, method and rollout work here too. In the folder:
+report.html and microscope.html (neither needs a network), the figures, summary.json, tokens.npz
+(one flat array per quantity over all completion tokens) and context.json (the rest). The gate, the
+magnitude and both passes are egrsd.py's own functions: no picture can show a gate that does not
+train.
 
 Reference of the teacher (D14): the data's worked solution; else another right completion of the
 same problem, without its thinking; else the bare answer. Batch of Eq. 5 (D15): the training step,
-or 32 consecutive completions. The student of a run's rollouts is the policy that sampled them (the
-run keeps its log-probabilities), or a given --adapter.
+or 32 consecutive completions. The student of a run's rollouts is the policy that sampled them, or
+a given --adapter. Of the former the run keeps the rollout engine's log-probabilities: with vLLM in
+bfloat16 they differ from the trainer's by what the log calls canary.
 """
 
 import argparse
@@ -59,6 +61,7 @@ from support.diagnosis.token_stats import (
     MEASURED,
     check_numbers,
     follows,
+    number_of,
     reads_reference,
     shown_rollouts,
     summarise_tokens,
@@ -81,6 +84,12 @@ DERIVED = (
 )  # what Eq. 2, 6 and 8 make of them
 
 
+TAUS = (0.1, 0.3)  # ours: the paper gives no thresholds
+IDLE = (  # of egrsd.py: they would do nothing here
+    "--resume --overwrite --steps --save_every --wandb --rank_timeout --check_data --shard --lr "
+    "--eval_before --rollouts_per_prompt --gradient_checkpointing"
+).split()
+W_NOTE = "W is 0 here: the lookahead is shown as it would be with W = 5. "
 GATED = ("teacher_logp", "student_logp", "entropy", "advantage")  # what these need
 
 
@@ -96,6 +105,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     o, rest = make_parser().parse_known_args(argv)
     source = Path(o.tokens or o.rollouts or o.samples)
     saved = saved_settings(o, source)
+    if o.rollouts:
+        refuse_other_methods(o.rollouts, saved)
     o.drawn_with = None
     if o.adapter is None:
         o.adapter = saved.get("adapter")
@@ -108,11 +119,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     o.note = ""
     if s.W == 0 and "--W" not in typed:
         s.W = 5
-        o.note = "W is 0 here: the lookahead is shown as it would be with W = 5. "
+        o.note = W_NOTE
     if s.eval_data and "--data" not in typed and not o.rollouts:
         s.data = s.eval_data  # held-out problems where the preset has them
     if o.result_after is None:
-        o.result_after = "=" if s.preset == "tiny" else ""
+        o.result_after = saved.get("result_after", "=" if s.preset == "tiny" else "")
     o.out = o.out or default_folder(o, s, source)
     check_options(o, typed)
     return o, s
@@ -125,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="and every option of egrsd.py: python egrsd.py --help",
+        epilog="and egrsd.py's of model, data, method and rollout: python egrsd.py --help",
     )
     add = parser.add_argument
     add("--out", default="", help="folder; else beside the input, or runs/PRESET/...")
@@ -134,8 +145,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--samples", default="", metavar="FILE", help="samples.jsonl of eval.py")
     add("--tokens", default="", metavar="FILE", help="tokens.npz of an earlier call")
     add("--limit", default=256, type=int, help="most completions, 0 = all; steps stay whole")
-    add("--tau_low", default=0.1, type=float, help="normalised entropy: certain up to (ours)")
-    add("--tau_high", default=0.3, type=float, help="uncertain from (ours: the paper gives none)")
+    add("--tau_low", default=TAUS[0], type=float, help="normalised entropy: certain up to")
+    add("--tau_high", default=TAUS[1], type=float, help="normalised entropy: uncertain from")
     add("--result_after", metavar="TOKEN", help="a token after it is a result; = for tiny")
     add("--show", type=int, help="the rollout in the traces, the heat map and the microscope")
     windows = "windows of the pivot figure"
@@ -153,7 +164,9 @@ def window(text: str) -> tuple[int, int]:
 def saved_settings(o: argparse.Namespace, source: Path) -> dict:
     """The settings of the run, evaluation or earlier call that is looked at."""
     if o.tokens:
-        return read_json(source.parent / "context.json", {}).get("settings", {})
+        context = read_json(source.parent / "context.json", {})
+        kept = {key: context[key] for key in ("result_after",) if key in context}
+        return {**context.get("settings", {}), **kept}
     if not o.rollouts and not o.samples:
         return {}
     saved = read_json(source.parent / "settings.json", {})
@@ -161,6 +174,16 @@ def saved_settings(o: argparse.Namespace, source: Path) -> dict:
         shared = ("preset", "model", "adapter", "student_prompt", "thinking")
         saved = {key: saved[key] for key in shared if key in saved}
     return saved
+
+
+def refuse_other_methods(rollouts: str, saved: dict) -> None:
+    """A run of baselines.py may have had other advantages, no gate, or another teacher."""
+    method = adapters.method_name({"gamma": 0.0, "W": 0, **saved})
+    if method not in ("EGRSD", "CL-EGRSD", "RLSD"):
+        fail(
+            f"{rollouts} is of a run of {method}: what is shown here is the gate of EGRSD, with a "
+            "frozen teacher. Look at that run's completions with eval.py --save_ids, then --samples"
+        )
 
 
 def as_options(saved: dict) -> list[str]:
@@ -180,7 +203,8 @@ def as_options(saved: dict) -> list[str]:
 
 def default_folder(o: argparse.Namespace, s: Settings, source: Path) -> str:
     if o.tokens:
-        return str(source.parent / f"gamma{s.gamma:g}-W{s.W}-eps{s.eps:g}")
+        taus = f"-tau{o.tau_low:g}-{o.tau_high:g}" if (o.tau_low, o.tau_high) != TAUS else ""
+        return str(source.parent / f"gamma{s.gamma:g}-W{s.W}-eps{s.eps:g}{taus}")
     if source.name:
         return str(source.parent / "diagnostics")
     return str(Path("runs") / s.preset / "diagnostics-sampled")
@@ -189,6 +213,8 @@ def default_folder(o: argparse.Namespace, s: Settings, source: Path) -> str:
 def check_options(o: argparse.Namespace, typed: set[str]) -> None:
     """`typed` are egrsd.py's options on the command line."""
     idle = sorted(typed - {"--gamma", "--W", "--eps", "--preset"})
+    idle += ["--adapter"] if o.adapter and o.tokens else []
+    nothing = sorted(typed & {*IDLE})
     absent = []
     for path in o.log:
         if not Path(path).is_file() and not (Path(path) / "log.jsonl").is_file():
@@ -196,7 +222,11 @@ def check_options(o: argparse.Namespace, typed: set[str]) -> None:
     sources = [path for path in (o.tokens, o.rollouts, o.samples) if path]
     ordered = 0 <= o.tau_low < o.tau_high <= 1
     rules = [
-        (not ordered, f"--tau_low {o.tau_low} must be below --tau_high {o.tau_high}"),
+        (
+            not ordered,
+            f"--tau_low {o.tau_low:g} and --tau_high {o.tau_high:g} must be in order, in [0, 1]",
+        ),
+        (nothing, f"{', '.join(nothing)}: without effect in diagnostics.py"),
         (len(sources) > 1, "--tokens, --rollouts and --samples: choose one"),
         (rank_and_world()[1] > 1, "diagnostics.py is one process: start it without torchrun"),
         (o.limit < 0, "--limit must be at least 0"),
@@ -232,26 +262,34 @@ def sampled_rows(
     print(f"sampling {len(rows)} completions with {engine} ({why})", flush=True)
     generate = functools.partial(engines.hf_generate, model, eos_ids)
     if engine == "vllm":
-        from vllm.lora.request import LoRARequest
-
-        rank = 0
-        lora = None
-        if o.adapter:
-            rank = read_json(Path(o.adapter) / "adapter_config.json")["r"]
-            lora = LoRARequest("student", 1, o.adapter)
-        cache = engines.kv_cache_bytes(model.config, device, 1, cache_tokens(s, 1))
-        llm = start_vllm(
-            s.model,
-            device,
-            1,
-            s.max_length,
-            rank,
-            gpu_memory_utilization=0.05,
-            kv_cache_memory_bytes=cache,
-        )
-        generate = functools.partial(vllm_generate, llm, lora, eos_ids)
+        generate = open_vllm(model.config, eos_ids, o.adapter, s, device)
     sampling = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
     return roll_out(generate, rows, tokenizer, eos_ids, "diagnostics", s, **sampling)
+
+
+def open_vllm(
+    config, eos_ids: list[int], adapter: str, s: Settings, device: torch.device
+) -> engines.Generate:
+    """An engine beside the model, with the adapter, which load_student has checked."""
+    from vllm.lora.request import LoRARequest
+
+    rank = 0
+    lora = None
+    if adapter:
+        rank = read_json(Path(adapter) / "adapter_config.json")["r"]
+        lora = LoRARequest("student", 1, adapter)
+    llm = start_vllm(
+        s.model,
+        device,
+        1,
+        s.max_length,
+        rank,
+        trust_remote_code=s.trust_remote_code,
+        lora_target_modules=adapters.target_modules(adapter),
+        gpu_memory_utilization=0.05,
+        kv_cache_memory_bytes=engines.kv_cache_bytes(config, device, 1, cache_tokens(s, 1)),
+    )
+    return functools.partial(vllm_generate, llm, lora, eos_ids)
 
 
 def give_advantages(rows: list[dict], s: Settings) -> str:
@@ -339,7 +377,8 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
         "settings": dataclasses.asdict(s),
         "advantages": origin,
         "references": references,
-        "note": o.note,
+        "note": o.note.replace(W_NOTE, ""),  # that is of one call
+        "result_after": o.result_after,
         "source": source,
         "model": s.model,
         "student": student,
@@ -348,11 +387,12 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
         "rollouts": [about_rollout(row) for row in rows],
     }
     write_json(out / "context.json", context)
-    return context
+    return {**context, "note": o.note}
 
 
 def about_rollout(row: dict) -> dict:
-    return {key: row.get(key) for key in ("id", "batch", "correct", "problem")}
+    about = {key: row.get(key) for key in ("id", "batch", "correct", "problem")}
+    return {**about, "key": str(row["key"])}
 
 
 def control_of(
@@ -366,9 +406,10 @@ def control_of(
     if len({str(row["key"]) for row in rows}) < 2:
         return {"verdict": "NOT MEASURED: the control needs completions of at least two problems."}
     correct = np.array([row["correct"] for row in rows])
+    problem = number_of([str(row["key"]) for row in rows])
     result = follows(flat, text, result_after)
     other = other_logp - flat["student_logp"]
-    return reads_reference(flat["delta"], other, flat["rollout"], correct, result)
+    return reads_reference(flat["delta"], other, flat["rollout"], correct, result, problem)
 
 
 def run_passes(
@@ -568,7 +609,8 @@ def main(argv: list[str] | None = None) -> None:
     if o.tokens:
         path = Path(o.tokens)
         context = read_json(path.parent / "context.json", {})
-        context["note"] = context.get("note", "") + "Computed again from saved arrays. "
+        note = context.get("note", "") + o.note
+        context["note"] = note + "Computed again from saved arrays. "
     else:
         context = measure(o, s, out)
     print(verdict_of(context), flush=True)

@@ -123,7 +123,7 @@ class Settings:
     save_every: int = opt("run", 25, "steps between checkpoints")  # Table A1
     seed: int = opt("run", 0, "seed of adapter, data order and rollouts")  # ours
     wandb: str = opt("run", "", "also log to this Weights & Biases project")  # ours
-    rank_timeout: int = opt("run", 1_800, "seconds that a rank may hang, 0 = any")  # ours
+    rank_timeout: int = opt("run", 1_800, "seconds that a rank may hang, 0 = no limit")  # ours
 
     model: str = opt("model", "Qwen/Qwen3-8B", "hub id or local folder")  # section 5.1
     lora_r: int = opt("model", 64, "rank of the adapter")  # section 5.1
@@ -406,6 +406,7 @@ def start_vllm(
         enforce_eager=not on_gpu,
         skip_tokenizer_init=True,  # token ids go in and come out
         seed=0,  # each request brings its own
+        load_format="safetensors",  # no pickle is loaded
         logprobs_mode="raw_logprobs",  # comparable with the trainer's, whatever the sampling
         hf_overrides={"head_dtype": "float32"},  # bfloat16 logits near 20 are steps of 1/8
         **options,

@@ -84,7 +84,7 @@ class EvalSettings:
     gpu_memory: float = opt("engine", 0.9, "share of the GPU's memory that vLLM takes")  # ours
     batch: int = opt("engine", 64, "completions at a time of transformers' generate")  # ours
     threads: int = opt("engine", 0, "CPU threads of torch, 0 = torch decides")  # ours
-    rank_timeout: int = opt("engine", 1_800, "seconds that a rank may hang, 0 = any")  # ours
+    rank_timeout: int = opt("engine", 1_800, "seconds that a rank may hang, 0 = no limit")  # ours
 
     out: str = opt("output", "", "folder of the evaluation; by default evals/ and a name")
     grader: str = opt("output", "ours", "paper: answers as they are", "ours", "paper")  # ours
@@ -227,7 +227,7 @@ def open_vllm(
         longest,
         lora_rank,
         trust_remote_code=e.trust_remote_code,
-        load_format="safetensors",  # no pickle is loaded
+        lora_target_modules=adapters.target_modules(e.adapter),
         **room,
     )
     from vllm.lora.request import LoRARequest
@@ -243,16 +243,34 @@ def open_vllm(
 def check_engine(
     adapted: engines.Generate, plain: engines.Generate, prompts: list[list[int]]
 ) -> None:
-    """Some greedy log-probability must differ: engines have been seen to ignore an adapter."""
+    """The adapter must move log-probabilities by more than calling the base again does.
+
+    Engines have been seen to ignore an adapter, and to round otherwise in a second call.
+    """
     greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new": 16}
     seeds = [0] * len(prompts)
-    with_adapter = sorted(adapted(prompts, seeds, **greedy))
-    without = sorted(plain(prompts, seeds, **greedy))
-    if with_adapter == without:
+    drawn = []
+    for generate in (plain, plain, plain, adapted):  # the first fills the engine's prefix cache
+        drawn.append(sorted(generate(prompts, seeds, **greedy)))
+    _, base, again, moved = drawn
+    if distance(moved, base) <= distance(again, base):
         fail(
             "the engine ignores the adapter: all log-probabilities are those of the base model. "
             "Try --engine hf"
         )
+
+
+def distance(a: list[engines.Completion], b: list[engines.Completion]) -> float:
+    """Mean difference in nats of completions of the same prompts, up to where they part."""
+    total = 0.0
+    count = 0
+    for (_, ids_a, logps_a), (_, ids_b, logps_b) in zip(a, b):
+        for id_a, id_b, logp_a, logp_b in zip(ids_a, ids_b, logps_a, logps_b):
+            total += abs(logp_a - logp_b)
+            count += 1
+            if id_a != id_b:
+                break
+    return total / count
 
 
 # --------------------------------------------------------------------------------------------------
@@ -276,8 +294,9 @@ def evaluate(e: EvalSettings) -> None:
     work = samples.work_list(problems, tokenizer, *asked)
     longest = max(len(item["prompt_ids"]) for item in work) + e.max_new
     refuse_too_long(longest, skeleton.config.max_position_embeddings, e)
+    eos_ids = engines.end_tokens(skeleton, tokenizer)
     if rank == 0:
-        samples.open_folder(out, what_counts(e, engine, problems))
+        samples.open_folder(out, what_counts(e, engine, problems, skeleton.config, work, eos_ids))
     processes.barrier()  # nobody reads before the file is whole
 
     done = samples.read_samples(out)
@@ -290,7 +309,6 @@ def evaluate(e: EvalSettings) -> None:
     if todo:
         say(f"--- first prompt ---\n{tokenizer.decode(work[0]['prompt_ids'])}\n---")
         say(f"{len(work)} samples, {len(done)} of them done; engine {engine} ({why}); in {out}")
-        eos_ids = engines.end_tokens(skeleton, tokenizer)
         pair = open_engine(e, engine, tp, eos_ids, longest, lora_rank, device)
         sample_missing(e, engine, tp, pair, work, todo, list(done.values()), tokenizer, eos_ids)
     else:
@@ -349,23 +367,39 @@ def refuse_too_long(longest: int, context: int, e: EvalSettings) -> None:
     )
 
 
-def what_counts(e: EvalSettings, engine: str, problems: dict[str, list[dict]]) -> dict:
-    """All that the samples depend on; model, adapter and problems by their content."""
+def what_counts(
+    e: EvalSettings,
+    engine: str,
+    problems: dict[str, list[dict]],
+    config,
+    work: list[dict],
+    eos_ids: list[int],
+) -> dict:
+    """All that the samples depend on; model, adapter, problems and prompts by their content."""
     weights = []
     if Path(e.model).is_dir():
         weights = sorted(Path(e.model).glob("*.safetensors"))
+    revision = getattr(config, "_commit_hash", None)  # of a hub model
     digests = {}
+    prompts = {}
     for name, rows in problems.items():
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        digests[name] = [len(rows), digest[:16]]
+        digests[name] = [len(rows), digest_of(rows)]
+        ids = [item["prompt_ids"] for item in work if item["benchmark"] == name]
+        prompts[name] = digest_of(ids)  # they tell of tokenizer and template
     return {
         **dataclasses.asdict(e),
         "engine": engine,
-        "weights": adapters.fingerprint(weights) if weights else e.model,
+        "weights": adapters.fingerprint(weights) if weights else f"{e.model} at {revision}",
         "adapter_weights": adapters.adapter_fingerprint(Path(e.adapter)) if e.adapter else None,
         "training": adapters.training_settings(Path(e.adapter)) if e.adapter else {},
         "problems": digests,
+        "prompts": prompts,
+        "end_tokens": eos_ids,
     }
+
+
+def digest_of(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def generate_samples(

@@ -242,7 +242,7 @@ def test_what_is_shown_has_most_of_the_rarest_regime(synthetic) -> None:
     assert summary["shown"] == sorted(rarest, key=lambda i: (-rarest[i], i))[:2]
 
 
-def test_bootstrap_resamples_rollouts() -> None:
+def test_bootstrap_resamples_rows() -> None:
     rng = np.random.default_rng(1)
     counts = rng.integers(0, 9, (30, 2)).astype(float)
     sums = counts * rng.normal(1, 0.5, (30, 1)) + rng.normal(
@@ -293,7 +293,8 @@ def test_the_control_tells_a_reader_from_one_who_does_not_read() -> None:
     reader = (
         other + np.where(result, np.where(correct[rollout], 0.5, -1.0), 0) + rng.normal(0, 0.1, 480)
     )
-    seen = reads_reference(reader, other, rollout, correct, result)
+    problem = np.arange(60)
+    seen = reads_reference(reader, other, rollout, correct, result, problem)
     assert seen["verdict"].startswith("YES")
     row = seen["table"]["result tokens of wrong completions"]
     picked = [k for k in range(480) if result[k] and not correct[rollout[k]]]
@@ -306,10 +307,10 @@ def test_the_control_tells_a_reader_from_one_who_does_not_read() -> None:
     # the same with any reference; everything likelier with its own; right ones likelier by chance
     by_chance = other + np.where(rollout % 4 < 2, 0.3, -0.3) + 0.02 * correct[rollout]
     for blind in (other, other + 0.7):
-        assert reads_reference(blind, other, rollout, correct, result)["verdict"].startswith("NO")
-    assert reads_reference(by_chance, other, rollout, correct, result)["verdict"].startswith(
-        "UNDECIDED: 30 right and"
-    )
+        seen = reads_reference(blind, other, rollout, correct, result, problem)
+        assert seen["verdict"].startswith("NO")
+    seen = reads_reference(by_chance, other, rollout, correct, result, problem)
+    assert seen["verdict"].startswith("UNDECIDED: 30 right and")
     few = rollout < 6  # a teacher that does read, and too few completions to know it
     seen = reads_reference(
         np.where(result, other + rng.normal(0.2, 1, 480), other)[few],
@@ -317,14 +318,31 @@ def test_the_control_tells_a_reader_from_one_who_does_not_read() -> None:
         rollout[few],
         correct[:6],
         result[few],
+        problem[:6],
     )
     assert seen["verdict"].startswith("UNDECIDED")
-    assert reads_reference(other + 0.3, other, rollout, correct, result & False)[
-        "verdict"
-    ].startswith("YES")
-    assert reads_reference(reader, other, rollout, correct & False, result)["verdict"].startswith(
-        "UNDECIDED"
-    )
+    seen = reads_reference(other + 0.3, other, rollout, correct, result & False, problem)
+    assert seen["verdict"].startswith("YES")
+    seen = reads_reference(reader, other, rollout, correct & False, result, problem)
+    assert seen["verdict"].startswith("UNDECIDED")
+
+
+def test_intervals_hold_the_truth_where_completions_of_a_problem_resemble_each_other() -> None:
+    """30 problems with a gain of their own, 0 in the mean, 20 completions of each."""
+    rng = np.random.default_rng(0)
+    R, T = 600, 10
+    problem = np.repeat(np.arange(30), 20)
+    rollout = np.repeat(np.arange(R), T)
+    correct, result = np.ones(R, bool), np.zeros(R * T, bool)
+    covered = {"by problem": 0, "by completion": 0}
+    for _ in range(40):
+        gain = rng.normal(0, 1, 30)[problem][rollout] + rng.normal(0, 0.3, R * T)
+        other = np.zeros(R * T)
+        for name, cluster in (("by problem", problem), ("by completion", np.arange(R))):
+            seen = reads_reference(gain, other, rollout, correct, result, cluster)
+            row = seen["table"]["all tokens of right completions"]
+            covered[name] += row["low"] <= 0 <= row["high"]
+    assert covered["by problem"] >= 34 and covered["by completion"] < 28, covered
 
 
 # --------------------------------------------------------------------------------------------------
@@ -464,7 +482,8 @@ def test_saved_arrays_give_what_a_run_with_other_settings_gives(tiny_run, tmp_pa
     (tmp_path / "bare").mkdir()
     shutil.copy(tiny_run[0] / "tokens.npz", tmp_path / "bare")
     assert "NOT MEASURED" in call("--tokens", tmp_path / "bare" / "tokens.npz", *changed)
-    bare = json.loads((tmp_path / "bare" / "gamma0.3-W2-eps0.2" / "summary.json").read_text())
+    folder = tmp_path / "bare" / "gamma0.3-W2-eps0.2-tau0.1-0.4"
+    bare = json.loads((folder / "summary.json").read_text())
     assert (
         bare["decile"] == anew["decile"]
         and "result decile" not in bare
@@ -670,16 +689,33 @@ def test_samples_bring_their_adapter_and_another_in_its_place_is_refused(
 @pytest.mark.parametrize(
     "sentence, argv",
     [
-        ("must be below", ["--tau_low", 0.4, "--tau_high", 0.3]),
-        ("must be below", ["--tau_low", 0.3, "--tau_high", 0.3]),
+        ("must be in order", ["--tau_low", 0.4, "--tau_high", 0.3]),
+        ("must be in order", ["--tau_low", 0.3, "--tau_high", 0.3]),
         ("choose one", ["--samples", "a", "--rollouts", "b"]),
         ("no such file", ["--rollouts", "nowhere.jsonl"]),
         ("cannot be read", ["--tokens", "nowhere.npz"]),
+        ("must be in order, in [0, 1]", ["--tau_high", 2]),
         ("--model: with --tokens", ["--tokens", "a", "--model", "b"]),
+        ("--adapter: with --tokens", ["--tokens", "a", "--adapter", "b"]),
+        ("--check_data, --steps: without effect", ["--steps", 7, "--check_data"]),
     ],
 )
 def test_bad_options_are_refused_with_a_sentence(tmp_path, sentence: str, argv: list) -> None:
     assert sentence in refused("--preset", "tiny", "--out", tmp_path, *argv)
+
+
+@pytest.mark.parametrize(
+    "saved, method",
+    [
+        ({"method": "grpo"}, "GRPO"),
+        ({"control": "shuffled", "gamma": 1.0}, "EGRSD, shuffled"),
+        ({"teacher": "ema", "gamma": 1.0, "W": 5}, "CL-EGRSD, ema teacher"),
+    ],
+)
+def test_rollouts_of_another_method_are_refused(tmp_path, saved: dict, method: str) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({"preset": "tiny", "W": 0, **saved}))
+    (tmp_path / "rollouts.jsonl").write_text("{}\n")
+    assert f"is of a run of {method}: " in refused("--rollouts", tmp_path / "rollouts.jsonl")
 
 
 @needs_tiny

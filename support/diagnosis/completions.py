@@ -184,3 +184,6 @@ def check_rows(rows: list[dict], model, name: str, W: int) -> None:
             f"{len(too_long)} completions do not fit, with their reference, into the {room} "
             f"positions of {name} (the first: problem {too_long[0]}): remove them"
         )
+    for row in rows:
+        if len(row.get("engine_logps", row["completion_ids"])) != len(row["completion_ids"]):
+            fail(f"problem {row['key']}: engine_logps is not one number for each of completion_ids")

@@ -121,6 +121,12 @@ def summarise_tokens(
         if pair not in pairs:
             pairs.append(pair)
     tables, shares, per_token = second_pass(path, derive, H, result, R, V, pairs)
+    count = tables["regime", "count"]  # (R, 4)
+    problem = np.arange(R)  # without a context each completion counts as a problem of its own
+    if len(context.get("rollouts", [])) == R:
+        problem = number_of([about.get("key", about["id"]) for about in context["rollouts"]])
+    for name, table in tables.items():
+        tables[name] = by_problem(table, problem)
 
     summary = {
         "tokens": len(H),
@@ -131,8 +137,7 @@ def summarise_tokens(
     }
     if result.any():
         summary["result decile"] = decile_summary(tables, "result decile")
-    count = tables["regime", "count"]  # (R, 4)
-    mean, low, high, drawn = bootstrap(tables["regime", "increment"], count)
+    mean, low, high, drawn = bootstrap(tables["regime", "increment"], tables["regime", "count"])
     summary["regimes"] = {}
     for g, name in enumerate(REGIMES):
         row = {"share": count[:, g].sum() / len(H)}
@@ -327,18 +332,25 @@ def follows(flat: dict[str, np.ndarray], text: dict[int, str], marker: str) -> n
 
 
 def reads_reference(
-    own: np.ndarray, other: np.ndarray, rollout: np.ndarray, correct: np.ndarray, result: np.ndarray
+    own: np.ndarray,
+    other: np.ndarray,
+    rollout: np.ndarray,
+    correct: np.ndarray,
+    result: np.ndarray,
+    problem: np.ndarray,
 ) -> dict:
     """The control: (N,) delta under the own and under another problem's reference, and a verdict.
 
+    `rollout` and `result` are (N,); `correct` and `problem`, its number, are of each rollout, (R,).
     What only the presence of a reference changes cancels in own - other. Where result tokens are
     known and both outcomes exist, right ones must gain more than wrong ones; else the tokens of
-    right completions must gain. The verdict is NO where the gain is at most a tenth of mean
-    |delta|, UNDECIDED where the interval is wider than that.
+    right completions must gain. The verdict is YES where the interval is above 0 (it names mean
+    |delta| beside the gain), NO where it holds 0 and ends below a tenth of mean |delta|, UNDECIDED
+    where it is wider than that.
     """
     every = np.ones(len(own), bool)
-    rows = control_rows("result tokens", result, own, other, rollout, correct)
-    rows.update(control_rows("all tokens", every, own, other, rollout, correct))
+    rows = control_rows("result tokens", result, own, other, rollout, correct, problem)
+    rows.update(control_rows("all tokens", every, own, other, rollout, correct, problem))
     if "result tokens: right minus wrong" in rows:
         key = "result tokens: right minus wrong"
         scale = float(np.abs(own[result]).mean())  # of the evidence on these tokens
@@ -358,15 +370,17 @@ def control_rows(
     other: np.ndarray,
     rollout: np.ndarray,
     correct: np.ndarray,
+    problem: np.ndarray,
 ) -> dict[str, dict]:
     """Means over the chosen tokens of right and of wrong completions, and their difference."""
-    R = len(correct)
     rollout = rollout[chosen]
     own = own[chosen]
     other = other[chosen]
     group = 1 - correct[rollout]  # 0: of a right completion, 1: of a wrong one
-    count = table_of(rollout, group, np.ones(len(own)), R, 2)
-    gain = table_of(rollout, group, own - other, R, 2)
+    P = problem.max() + 1
+    problem = problem[rollout]  # of each token
+    count = table_of(problem, group, np.ones(len(own)), P, 2)
+    gain = table_of(problem, group, own - other, P, 2)
     mean, low, high, drawn = bootstrap(gain, count)
     rows = {}
     for g, outcome in enumerate(("right", "wrong")):
@@ -374,8 +388,8 @@ def control_rows(
         if tokens:
             rows[f"{name} of {outcome} completions"] = {
                 "tokens": tokens,
-                "own": float(table_of(rollout, group, own, R, 2)[:, g].sum() / tokens),
-                "other": float(table_of(rollout, group, other, R, 2)[:, g].sum() / tokens),
+                "own": float(own[group == g].mean()),
+                "other": float(other[group == g].mean()),
                 "mean": float(mean[g]),
                 "low": float(low[g]),
                 "high": float(high[g]),
@@ -410,7 +424,8 @@ def verdict_on(key: str, row: dict, scale: float, correct: np.ndarray) -> str:
     return (
         f"{word}. From another problem's reference to the problem's own, delta moves by "
         f"{row['mean']:+.3f} nats a token on {key} (95 % interval {row['low']:+.3f} to "
-        f"{row['high']:+.3f}); a teacher that only notices that there is a reference would show 0."
+        f"{row['high']:+.3f}), where |delta| is {scale:.3f} in the mean; a teacher that only "
+        "notices that there is a reference would show 0."
     )
 
 
@@ -418,10 +433,25 @@ def verdict_on(key: str, row: dict, scale: float, correct: np.ndarray) -> str:
 # Statistics: pure numpy
 
 
+def number_of(keys: list[str]) -> np.ndarray:
+    """Numbers from 0 in the place of keys, by first appearance: equal ones for equal keys."""
+    numbers = {}
+    for key in keys:
+        numbers.setdefault(key, len(numbers))
+    return np.array([numbers[key] for key in keys])
+
+
+def by_problem(table: np.ndarray, problem: np.ndarray) -> np.ndarray:
+    """(P, G) sums of an (R, G) table over the rollouts of each problem, by its (R,) number."""
+    summed = np.zeros((problem.max() + 1, table.shape[1]))
+    np.add.at(summed, problem, table)
+    return summed
+
+
 def table_of(
     rollout: np.ndarray, group: np.ndarray, values: np.ndarray, R: int, G: int
 ) -> np.ndarray:
-    """(R, G) sums of the (N,) values by rollout and group."""
+    """(R, G) sums of the (N,) values by rollout (or problem) and group."""
     return np.bincount(rollout.astype(np.int64) * G + group, values, R * G).reshape(R, G)
 
 
@@ -430,7 +460,8 @@ def bootstrap(
 ) -> tuple[np.ndarray, ...]:
     """(G,) means sum / count of (R, G) tables, their 95 % bounds, the (draws, G) resampled means.
 
-    Whole rollouts are resampled: the tokens of one are not independent. NaN where a group is empty.
+    Rows are problems: neither the tokens of a completion nor the completions of a problem are
+    independent. NaN where a group is empty.
     """
     rng = np.random.default_rng(seed)
     R, G = sums.shape

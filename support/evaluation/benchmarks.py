@@ -161,7 +161,7 @@ def open_folder(out: Path, settings: dict) -> None:
             f"{out} holds samples and no settings.json: nobody knows how they were drawn. "
             "Take another --out"
         )
-    old = read_json(saved, settings)
+    old = read_json(saved, settings) if begun else settings
     changed = []
     for key, value in settings.items():
         if key not in FREE and old.get(key) != value:
@@ -201,8 +201,13 @@ def read_samples(out: Path, everything: bool = False) -> dict[tuple, dict]:
     """key -> row of samples.jsonl; texts and token ids only if `everything` is asked for."""
     rows = {}
     path = out / "samples.jsonl"
-    with writing(path), path.open("a+b") as file:  # a+: there may be none yet
-        file.seek(0)
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror})")
+    with file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)

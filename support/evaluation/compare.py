@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from support.evaluation.benchmarks import FREE, read_samples
@@ -104,7 +105,7 @@ def load_run(folder: str) -> dict:
 
 def common_benchmarks(runs: list[dict]) -> list[str]:
     names = []
-    for name in runs[0]["samples"]:
+    for name in runs[0]["settings"]["problems"]:  # in the order in which they were asked for
         if all(name in run["samples"] for run in runs):
             names.append(name)
     return names
@@ -126,6 +127,14 @@ def training_label(run: dict) -> str:
     if method in ("EGRSD", "CL-EGRSD", "RLSD"):
         return about
     return f"{method}, {about}" if method.startswith(("EGRSD", "CL-EGRSD")) else method
+
+
+def unlike(run: dict, runs: Iterable[dict]) -> str:
+    """The training's label, with its folder where another has the same: other seeds, say."""
+    label = training_label(run)
+    if sum(training_label(other) == label for other in runs) > 1:
+        return f"{label}, {run['run']}"
+    return label
 
 
 def by_training(runs: list[dict]) -> dict[tuple, list[dict]]:
@@ -200,7 +209,19 @@ def difference_text(runs: list[dict], names: list[str]) -> str:
     if not rows:
         return ""
     text = f"\nDifference to {first['label']}, paired by problem, +- one SE; ~ is within two SE of "
-    return text + "zero\n\n" + table(header, rows)
+    return text + "zero\n\n" + table(header, rows) + partly_paired(runs, names)
+
+
+def partly_paired(runs: list[dict], names: list[str]) -> str:
+    """Where the runs share only some problems, the differences are of those alone."""
+    text = ""
+    for run in runs[1:]:
+        for name in names:
+            shared = run["differences"][name][2]
+            each = [r["benchmarks"][name]["problems"] for r in (runs[0], run)]
+            if shared < max(each):
+                text += f"{run['label']}, {name}: {shared} problems in common\n"
+    return text and f"\nNot all problems are in both runs. {text}"
 
 
 def differences_to(first: dict, run: dict, names: list[str]) -> dict[str, tuple]:
@@ -235,7 +256,7 @@ def steps_text(runs: list[dict], model: str) -> str:
         at = {}
         for run in group:
             at[run["step"]] = show(run["accuracy"], run["se"])
-        row = [training_label(group[0])]
+        row = [unlike(group[0], [others[0] for others in trainings.values()])]
         for step in steps:
             row.append(at.get(step, ""))
         rows.append(row)
@@ -256,7 +277,7 @@ def sweep_text(last: dict[tuple, dict], model: str, names: list[str]) -> str:
     header = ["training", *names, "Avg.", "tokens", "Eff"]
     rows = []
     for run in last.values():
-        rows.append(our_row(f"{training_label(run)}, step {run['step']}", run))
+        rows.append(our_row(f"{unlike(run, last.values())}, step {run['step']}", run))
     for row in paper_rows(model, ["6", "A3"]):
         rows.append(paper_row(row, names))
     return "\nLast step of each training (Tables 6, A3)\n\n" + table(header, rows)
@@ -279,8 +300,11 @@ def frontier_points(runs: list[dict], paper: list[dict], names: list[str]) -> li
 
 
 def heatmap_cells(last: dict[tuple, dict]) -> dict[tuple[float, int], dict[str, float]]:
-    """(gamma, W) -> {benchmark or "Avg.": accuracy}, of the runs that are told by these two."""
-    cells = {}
+    """(gamma, W) -> {benchmark or "Avg.": accuracy}, of the runs that are told by these two.
+
+    Several, of other seeds, are averaged.
+    """
+    found = {}
     for (gamma, W, _), run in last.items():
         if training_label(run) != f"gamma {gamma} W {W}":
             continue
@@ -288,5 +312,10 @@ def heatmap_cells(last: dict[tuple, dict]) -> dict[tuple[float, int], dict[str, 
         for name, b in run["benchmarks"].items():
             cell[name] = b["accuracy"]
         cell["Avg."] = run["accuracy"]
-        cells[gamma, W] = cell
+        found.setdefault((gamma, W), []).append(cell)
+    cells = {}
+    for setting, several in found.items():
+        cells[setting] = {}
+        for name in several[0]:
+            cells[setting][name] = statistics.fmean(column(several, name))
     return cells

@@ -192,7 +192,7 @@ def report(out: Path) -> None:
     if missing:
         for name in ("summary.json", "table.md"):  # of samples that are gone
             remove(out / name)
-        say(f"{out} lacks {missing} samples, no table yet. Its command without --regrade goes on")
+        say(f"{out} lacks {missing} samples, no table yet. Its original command goes on")
         return
     scores = run_scores(grouped(rows, lambda row: row["benchmark"]), settings["problems"])
     text = report_text(scores, settings)

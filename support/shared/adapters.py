@@ -126,6 +126,14 @@ def check_adapter(adapter: str, model: str, skeleton) -> int:
     return config["r"]
 
 
+def target_modules(adapter: str) -> list[str] | None:
+    """The layers that an adapter changes, for vLLM, which else wraps the head too."""
+    if not adapter:
+        return None
+    targets = read_json(Path(adapter) / "adapter_config.json")["target_modules"]
+    return targets if isinstance(targets, list) else None
+
+
 def training_settings(adapter: Path) -> dict:
     """Method, gamma, W, step and folder of an adapter's run, as far as its files tell."""
     for path in (adapter.parent / "settings.json", adapter / "trainer.json"):

@@ -320,7 +320,10 @@ def tell(faults: dict[int, str]) -> None:
     if rank == next(n for n in range(first, rank + 1) if n not in faults):
         name = Path(sys.argv[0]).name
         text = "; ".join(faults.values())
-        print(f"{name}: {text}. All ranks end; --resume goes on from the last checkpoint")
+        print(
+            f"{name}: {text}. All ranks end, what is saved stays: --resume goes on, with eval.py "
+            "the same command"
+        )
         sys.stdout.flush()
     _told.set()
 
