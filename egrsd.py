@@ -377,6 +377,14 @@ def cache_tokens(s: Settings, tp: int) -> int:
     return max(s.max_length, in_flight)
 
 
+def generate_tokens(s: Settings) -> int:
+    """Likewise the cache of transformers' generate, while it rolls out or evaluates."""
+    world = processes.rank_and_world()[1]
+    rows = max(s.batch_size, EVALUATED_AT_ONCE if s.eval_data else 0) // world
+    prompt = 256  # ours
+    return min(rows, engines.AT_ONCE) * (prompt + s.max_completion)
+
+
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as the largest rank
 
 
@@ -1155,9 +1163,10 @@ def estimate_memory(s: Settings, device: torch.device) -> dict[str, float]:
     tokens = cache_tokens(s, max(tp, 1))
     here = processes.ranks_here()
     tile = VOCAB_TILE[device.type]
-    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, tp, tokens, tile, here)
+    work = tp, tokens, tile, here, s.max_completion, generate_tokens(s)
+    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, *work)
     chosen = s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk, s.shard
-    return opening.check_memory(estimate, *chosen, opening.free_memory(device))
+    return opening.check_memory(estimate, *chosen, opening.free_memory(device), here)
 
 
 def load_held_out(tokenizer, columns: dict[str, str], s: Settings) -> list[dict]:
@@ -1178,6 +1187,9 @@ def load_held_out(tokenizer, columns: dict[str, str], s: Settings) -> list[dict]
     return rows
 
 
+EVALUATED_AT_ONCE = 256  # ours: problems, over all ranks; the bar moves after each batch
+
+
 def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
     """Accuracy in % and mean length in tokens on held-out rows: a sample each, T 1, top-p 0.95."""
     sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 0}
@@ -1185,9 +1197,9 @@ def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
     right = 0
     tokens = 0
     with console.progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
-        for start in range(0, len(rows), 256):
+        for start in range(0, len(rows), EVALUATED_AT_ONCE):
             processes.enter("evaluation")
-            batch = rows[start : start + 256]
+            batch = rows[start : start + EVALUATED_AT_ONCE]
             answers = roll_out(
                 run.sample,
                 batch,

@@ -147,7 +147,8 @@ def estimator_of(name: str, gpus: int):
     tokens = egrsd.cache_tokens(s, tp)
     device = torch.device("cuda")
     tile = egrsd.VOCAB_TILE["cuda"]
-    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, tp, tokens, tile, gpus)
+    work = tp, tokens, tile, gpus, s.max_completion, egrsd.generate_tokens(s)
+    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, *work)
     return sizes.sizes_of(skeleton, targets, s.lora_r), tp, estimate
 
 
@@ -166,7 +167,7 @@ def show_phases(o: Options) -> None:
     card = o.gpu or "h100"
     gpu = GPUS[card]
     chosen = chosen_settings()
-    way = opening.find_way(estimate, chosen, gpu.gib)
+    way = opening.find_way(estimate, chosen, gpu.gib, o.gpus)
     if way is not None:
         chosen.update(opening.WAYS_TO_FIT[way])
     print(f"{o.model} on {o.gpus} x {card}, {tp} of them share an engine. All of it computed.")
@@ -193,7 +194,7 @@ def show_table(o: Options) -> None:
 
 def table_cell(m: sizes.Sizes, tp: int, estimate, gpu: Gpu, o: Options) -> str:
     chosen = chosen_settings()
-    way = opening.find_way(estimate, chosen, gpu.gib)
+    way = opening.find_way(estimate, chosen, gpu.gib, o.gpus)
     if way is None:
         least = estimate(**{**chosen, **list(opening.WAYS_TO_FIT.values())[-1]})
         return f"no: {least['sum']:.0f} GiB at least"
@@ -219,8 +220,9 @@ def gpu_of(o: Options, device: str) -> tuple[str, Gpu]:
     """By --tflops and --gbps, by --gpu, or by the name of the run's device."""
     if o.tflops and o.gbps:
         return f"{o.tflops} TFLOP/s, {o.gbps} GB/s", Gpu(0, o.tflops, o.gbps / 1e3, 0, 0)
-    name = device.lower().replace(" ", "")
-    found = o.gpu or next((gpu for gpu in GPUS if gpu in name), "")
+    words = device.lower().replace("rtx 4090", "rtx4090").replace("-", " ").split()
+    other = {"pcie", "nvl", "40gb"} & {*words}  # slower ones of the same name
+    found = o.gpu or next((gpu for gpu in GPUS if gpu in words and not other), "")
     if not found:
         console.fail(
             f"the run's device is {device!r}, which has no data sheet here: name one with --gpu, "
@@ -346,13 +348,13 @@ def what_first(found: dict, settings: dict, engine: str) -> str:
         )
     if engine.startswith("hf"):
         return sentence + "transformers' generate waits for Python: install vLLM, --engine vllm"
-    if found["tp"] < found["world"]:
-        return sentence + "let more GPUs share an engine, --rollout_tp"
     if found["longest"] > 2:
         return sentence + (
             f"the longest rollout is {found['longest']:.1f} times the mean, and all wait for it: "
             "lower --max_completion, or take a larger --batch_size"
         )
+    if settings["rollout_tp"] and found["tp"] < found["world"]:
+        return sentence + "let more GPUs share an engine: --rollout_tp 0 takes the most that fit"
     return sentence + (
         "with so few sequences the engine waits for its launches. Take a larger --batch_size, and "
         "see bench/overheads.py for what is no decoding"

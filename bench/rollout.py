@@ -93,13 +93,14 @@ def measure_decoding(
     how = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "max_new": o.new}
     draw = torch.Generator().manual_seed(0)
     for n in sequences:
-        prompts = torch.randint(3, 72, (n, o.prompt), generator=draw).tolist()
         seeded = [engines.rollout_seed(0, 0, i) for i in range(n)]
         for name, seeds in (("seeds", seeded), ("no seeds", [None] * n)):
             if seeds[0] is None and engine == "hf":
                 continue
 
-            def roll_out(prompts: list = prompts, seeds: list = seeds) -> None:
+            def roll_out(n: int = n, seeds: list = seeds) -> None:
+                # New ones each time: vLLM keeps what it computed for the old ones.
+                prompts = torch.randint(3, 72, (n, o.prompt), generator=draw).tolist()
                 mine = sum(len(ids) for _, ids, _ in sample(prompts, seeds, **how))
                 drawn = sum(processes.gather([mine]))
                 if drawn < 0.9 * len(prompts) * o.new:

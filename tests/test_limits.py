@@ -106,6 +106,7 @@ def test_the_table_of_the_docs_is_what_the_program_prints() -> None:
 def measured_run(tmp_path):
     """A run of two processes and two steps of the tiny model, with lengths that are easy to add."""
     settings = dataclasses.asdict(egrsd.parse_settings(["--preset", "tiny"]))
+    settings["rollout_tp"] = 1
     about = {
         "device": "x86_64 CPU",
         "processes": 2,
@@ -170,6 +171,9 @@ def test_what_cannot_be_held_against_a_limit_is_refused_with_a_sentence(measured
         limits.analyse_run(measured_run, limits.Options())
     assert limits.gpu_of(limits.Options(), "NVIDIA H100 80GB HBM3")[0] == "h100"
     assert limits.gpu_of(limits.Options(), "NVIDIA GeForce RTX 4090")[0] == "rtx4090"
+    for other in ("NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA A100-PCIE-40GB"):
+        with pytest.raises(SystemExit, match="no data sheet"):
+            limits.gpu_of(limits.Options(), other)
     (measured_run / "rollouts.jsonl").unlink()
     with pytest.raises(SystemExit, match="there is no rollouts.jsonl"):
         limits.analyse_run(measured_run, limits.Options(gpu="h100"))

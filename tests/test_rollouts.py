@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import egrsd
 from support.shared import engines
 from support.shared.data import encode_prompt
 from support.shared.engines import end_tokens, hf_generate, rollout_seed
+from support.shared.models import load_base
 
 
 def test_a_rollout_depends_on_its_seed_and_on_nothing_else(tokenizer) -> None:
@@ -50,6 +52,20 @@ def test_a_rollout_depends_on_its_seed_and_on_nothing_else(tokenizer) -> None:
         torch.testing.assert_close(
             torch.tensor(logps), z[range(len(ids)), ids].detach(), atol=2e-5, rtol=0
         )
+
+
+def test_the_models_own_penalties_do_not_come_before_our_sampler(tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "tiny", folder)
+    penalties = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 2, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(penalties))
+    prompts = [[3, 10, 11], [3, 12]]
+    how = {"temperature": 1.1, "top_p": 0.95, "top_k": 20, "max_new": 30}
+    drawn = []
+    for model in (ROOT / "tiny", folder):
+        base = load_base(str(model), torch.device("cpu"))
+        drawn.append(list(hf_generate(base, [2], prompts, [0, 1], **how)))
+    assert drawn[0] == drawn[1]
 
 
 def test_samples_follow_the_tempered_and_truncated_distribution(tokenizer) -> None:

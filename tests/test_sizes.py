@@ -82,7 +82,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_and_one_layer() -> None:
 def check(free: float, **options: object) -> dict[str, float]:
     chosen = {"micro_batch_tokens": 4_096, "checkpointing": False, "head_chunk": 1_024}
     chosen.update(shard=False, **options)
-    return opening.check_memory(estimate(), **chosen, free=free)
+    return opening.check_memory(estimate(), **chosen, free=free, gpus=8)
 
 
 def test_what_cannot_fit_is_refused_with_what_makes_it_fit(capsys) -> None:
@@ -100,6 +100,27 @@ def test_what_cannot_fit_is_refused_with_what_makes_it_fit(capsys) -> None:
     with pytest.raises(SystemExit, match="No option makes it fit: take larger GPUs"):
         check(10.0)
     assert check(31.5, checkpointing=True)["sum"] < 31.5 - opening.SPARE
+
+
+def test_one_gpu_is_told_what_it_can_do_alone() -> None:
+    model = skeleton(**QWEN3_8B)
+    work = 1, 65_536, egrsd.VOCAB_TILE["cuda"], 1, 1_024, 32 * 1_280
+    one = sizes.estimator(model, torch.device("cuda", 0), TARGETS, 64, *work)
+    with pytest.raises(SystemExit, match="This makes it fit: --gradient_checkpointing --engine hf"):
+        opening.check_memory(one, 4_096, False, 1_024, False, free=31.0, gpus=1)
+
+
+def test_a_long_row_and_the_cache_of_generate_are_counted() -> None:
+    at = functools.partial(estimate(), 2_048, False, 1_024, False)
+    assert at(longest=8_192)["activations"] == pytest.approx(4 * at()["activations"], abs=0.05)
+    assert at(longest=1_024) == at()
+    cache = 128 * 1_280 * 36 * 2 * 1_024 * 2  # bytes: rows, tokens, layers, keys and values, bf16
+    hf = at(engine_tp=0, generate_bytes=cache)
+    passes = hf["activations"] + hf["head"]
+    assert hf["generate's cache, beyond the passes"] == pytest.approx(
+        cache / 2**30 - passes, abs=0.1
+    )
+    assert at(engine_tp=0, generate_bytes=2**30)["generate's cache, beyond the passes"] == 0
 
 
 def test_a_sharded_base_is_its_part_of_the_layers_two_whole_ones_and_the_rest() -> None:

@@ -20,6 +20,7 @@ from support.shared.console import fail, installed
 from support.shared.models import autocast
 from support.shared.processes import rank_and_world, ranks_here, reduce_
 
+AT_ONCE = 128  # ours: prompts of transformers' generate side by side
 Completion = tuple[int, list[int], list[float]]
 Generate = Callable[..., Iterator[Completion]]
 
@@ -104,7 +105,7 @@ def hf_generate(
     top_p: float,
     top_k: int,
     max_new: int,
-    batch: int = 128,
+    batch: int = AT_ONCE,
     together: bool = False,
 ) -> Iterator[Completion]:
     """transformers' generate, `batch` prompts at a time. A row depends on its seed alone.

@@ -55,7 +55,7 @@ def load_base(
 
     `shard`: on the CPU, for shard_layers to spread.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     refuse_big_model_on_cpu(model, device)
     try:
@@ -81,6 +81,9 @@ def load_base(
     # Where vLLM has no code of its own for a model (Olmo 3), it runs transformers', and turns the
     # class itself, of which ours is an instance too, into one that it compiles.
     getattr(base, base.base_model_prefix).do_not_compile = True
+    # Of the model's own defaults only the end tokens: transformers' generate would put the others,
+    # a repetition penalty, say, before our sampler; vLLM, which takes requests alone, would not.
+    base.generation_config = GenerationConfig(eos_token_id=base.generation_config.eos_token_id)
     return base.eval().requires_grad_(False)
 
 

@@ -51,6 +51,7 @@ def start_processes(threads: int = 0, rank_timeout: float = 0) -> torch.device:
         # One that dies or hangs is noticed by the watch: docs/gpu.md.
         day = timedelta(days=1)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=day)
+        store.set_timeout(day)  # by which later groups, vLLM's too, exchange their addresses
         dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects, or fails, before the load
     return device
 
@@ -88,6 +89,10 @@ def reduce_(value: Tensor, op: str = "SUM") -> Tensor:
     if rank_and_world()[1] > 1:
         with meeting():
             dist.all_reduce(value, getattr(dist.ReduceOp, op))
+            if value.is_cuda:
+                # NCCL returns once the work is queued: only here does this rank wait for the
+                # others, as the watch must know. Who calls this reads the value next anyway.
+                torch.cuda.current_stream().synchronize()
     return value
 
 

@@ -77,8 +77,13 @@ def estimator(
     cache_tokens: int,
     tile: int,
     gpus: int,
+    longest: int = 0,
+    generate_tokens: int = 0,
 ) -> Callable[..., dict[str, float]]:
-    """estimate_memory, but for micro_batch_tokens, checkpointing, head_chunk and shard."""
+    """estimate_memory, but for micro_batch_tokens, checkpointing, head_chunk and shard.
+
+    `cache_tokens` are those of a vLLM engine's cache, `generate_tokens` of transformers' generate.
+    """
     config = skeleton.config
     return functools.partial(
         estimate_memory,
@@ -87,6 +92,8 @@ def estimator(
         gpus=gpus,
         engine_tp=engine_tp,
         cache_bytes=kv_cache_bytes(config, device, max(1, engine_tp), cache_tokens),
+        generate_bytes=kv_cache_bytes(config, device, 1, generate_tokens),
+        longest=longest,
         bytes_each=2 if device.type == "cuda" else 4,
     )
 
@@ -128,14 +135,18 @@ def estimate_memory(
     gpus: int,
     engine_tp: int,
     cache_bytes: int,
+    generate_bytes: int = 0,
+    longest: int = 0,
     bytes_each: int = 2,
 ) -> dict[str, float]:
     """GiB of one process during the student's pass, when most is alive.
 
     `engine_tp` is the number of ranks that share a vLLM engine, 0 where there is none;
-    `cache_bytes` is one rank's part of its cache; `head_chunk` tokens meet `tile` rows of the head
-    at a time; `gpus` are those of the machine, over which `shard` spreads the layers; `bytes_each`
-    is 2 in bfloat16.
+    `cache_bytes` is one rank's part of its cache, `generate_bytes` that of transformers' generate,
+    which is gone before the passes; a row of `longest` tokens is passed whole, however few
+    `micro_batch_tokens` there are; `head_chunk` tokens meet `tile` rows of the head at a time;
+    `gpus` are those of the machine, over which `shard` spreads the layers; `bytes_each` is 2 in
+    bfloat16.
     """
     base = m.base
     if shard:  # a part of each layer, and two whole ones: one runs, the next is being gathered
@@ -147,11 +158,14 @@ def estimate_memory(
     parts = {
         "base": bytes_each * min(base, m.base),
         "adapter, gradient, Adam": 16 * m.adapter,  # all float32
-        "activations": micro_batch_tokens * kept,
+        "activations": max(micro_batch_tokens, longest) * kept,
         "head": 4 * head_chunk * (4 * tile + 2 * m.hidden),  # float32; two tiles, measured
     }
     if engine_tp:
         parts["engine"] = bytes_each * (m.base / engine_tp + m.adapter)
         parts["engine's cache"] = cache_bytes
+    else:
+        passes = parts["activations"] + parts["head"]
+        parts["generate's cache, beyond the passes"] = max(0, generate_bytes - passes)
     parts["sum"] = sum(parts.values())
     return {name: round(size / GIB, 2) for name, size in parts.items()}

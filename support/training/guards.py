@@ -106,7 +106,7 @@ def look_for_nan(
     for group in optimizer.param_groups:
         kept += map(Tensor.detach, group["params"])
     for slots in optimizer.state.values():
-        kept += slots.values()
+        kept += [value for name, value in slots.items() if name != "step"]  # which is on the CPU
     size = torch.nn.utils.get_total_norm(kept)
     norm, size = torch.stack([norm, size]).tolist()
     total = torch.tensor([norm, size, *stats.values()], dtype=torch.float64).sum()

@@ -13,6 +13,7 @@ from support.shared.processes import rank_and_world
 SPARE = 5.0  # GiB for the CUDA context, vLLM's graphs, NCCL, and what the estimate leaves out
 
 SMALL = {"checkpointing": True, "micro_batch_tokens": 2_048}
+HF = {"engine_tp": 0}
 WAYS_TO_FIT = {  # they change time and memory, and nothing else; the cheapest first
     "": {},
     "--micro_batch_tokens 2048": {"micro_batch_tokens": 2_048},
@@ -21,11 +22,13 @@ WAYS_TO_FIT = {  # they change time and memory, and nothing else; the cheapest f
     "--shard": {"shard": True},
     "--shard --gradient_checkpointing": {"shard": True, "checkpointing": True},
     "--shard --gradient_checkpointing --micro_batch_tokens 2048": {"shard": True, **SMALL},
+    "--engine hf": HF,
+    "--gradient_checkpointing --engine hf": {"checkpointing": True, **HF},
+    "--gradient_checkpointing --micro_batch_tokens 2048 --engine hf": {**SMALL, **HF},
     "--shard --gradient_checkpointing --micro_batch_tokens 2048 --engine hf": {
         "shard": True,
         **SMALL,
-        "engine_tp": 0,
-        "cache_bytes": 0,
+        **HF,
     },
 }
 
@@ -37,10 +40,12 @@ def check_memory(
     head_chunk: int,
     shard: bool,
     free: float,
+    gpus: int,
 ) -> dict[str, float]:
     """The estimate; exits where it is above the `free` GiB of the GPU, warns where it is near.
 
-    `estimate` is what sizes.estimator gives: nothing needs to be loaded for it.
+    `estimate` is what sizes.estimator gives: nothing needs to be loaded for it. `gpus` are those
+    that --shard could spread layers over.
     """
     chosen = {
         "micro_batch_tokens": micro_batch_tokens,
@@ -51,7 +56,7 @@ def check_memory(
     memory = estimate(**chosen)
     if memory["sum"] + SPARE <= free:
         return memory
-    way = find_way(estimate, chosen, free)
+    way = find_way(estimate, chosen, free, gpus)
     advice = "No option makes it fit: take larger GPUs, more of them, or a smaller model"
     if way is not None:
         advice = f"This makes it fit: {way}"
@@ -67,10 +72,12 @@ def check_memory(
 
 
 def find_way(
-    estimate: Callable[..., dict[str, float]], chosen: dict[str, object], free: float
+    estimate: Callable[..., dict[str, float]], chosen: dict[str, object], free: float, gpus: int
 ) -> str | None:
     """The first options with which it fits, "" for none; None if it fits with none."""
     for options, changes in WAYS_TO_FIT.items():
+        if "shard" in changes and gpus == 1:  # there is nobody to share with
+            continue
         if estimate(**{**chosen, **changes})["sum"] + SPARE <= free:
             return options
     return None

@@ -139,9 +139,10 @@ def holds_a_run(out: Path) -> bool:
 
 
 def adapter_shelf(out: Path, size: int) -> Path:
-    """A folder through which an adapter of `size` bytes passes to the engine, deleted at the end.
+    """A folder through which an adapter of `size` bytes passes to the engine.
 
-    In memory where there is a RAM disk with twice the room: a container may have 64 MB alone.
+    It is deleted at the end, after a kill at the run's next start. In memory where there is a RAM
+    disk with twice the room: a container may have 64 MB alone.
     """
     ram = Path("/dev/shm")
     room = os.access(ram, os.W_OK) and shutil.disk_usage(ram).free > 2 * size
