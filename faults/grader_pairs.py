@@ -200,6 +200,8 @@ def matrix(rng: Rng, rows: list[list[int]]) -> str:
 def with_unit(rng: Rng, n: str, unit: str, bare: bool = True) -> str:
     shapes = [rf"{n}\text{{ {unit}}}", rf"{n} \text{{ {unit}}}", rf"{n}\ \mathrm{{{unit}}}"]
     shapes.append(rf"{n}~\text{{{unit}}}")
+    if " " not in unit:
+        shapes.append(f"{n} {unit}")
     if bare:
         shapes.append(n)
     return rng.choice(shapes)
@@ -308,6 +310,25 @@ def exponential(rng: Rng, a: int, x: str) -> str:
 
 def percent(rng: Rng, n: int) -> str:
     return pick(rng, rf"{n}\%", rf"{n} \%", f"{n}%", rf"\frac{{{n}}}{{100}}", f"{n / 100:.2f}")
+
+
+def sign_left_out(rng: Rng, n: int) -> str:
+    """A percentage, asked for as one."""
+    return pick(
+        rng, rf"{n}\%", rf"{n}\,\%", f"{n}%", str(n), rf"\text{{{n}%}}", f"{n} percent", f"{n}.0"
+    )
+
+
+def millions(rng: Rng, n: int) -> str:
+    shapes = [f"{n} million", rf"{n}\text{{ million}}", rf"{n} \text{{ million dollars}}"]
+    shapes += [f"{n}000000", f"{n},000,000", rf"{n} \times 10^6", f"{n}e6", f"{n} 000 000"]
+    return rng.choice(shapes)
+
+
+def mixed(rng: Rng, whole: int, above: int, below: int) -> str:
+    shapes = [f"{whole} {above}/{below}", rf"{whole}\frac{{{above}}}{{{below}}}"]
+    shapes.append(rf"\frac{{{whole * below + above}}}{{{below}}}")
+    return rng.choice(shapes)
 
 
 def degrees(rng: Rng, n: int) -> str:
@@ -491,6 +512,9 @@ def values_of(name: str, rng: Rng) -> tuple[Callable[..., str], tuple, tuple]:
         "logarithms": (logarithm, (k, free), rng.choice([(k + 1, free), (k, free + 1)])),
         "exponentials": (exponential, (k, x), rng.choice([(k + 1, x), (k, y)])),
         "percentages": (percent, (n,), (rng.choice([n + 1, n + 10]),)),
+        "percentages without a sign": (sign_left_out, (n,), (rng.choice([n + 1, n * 10]),)),
+        "millions": (millions, (n,), (rng.choice([n + 1, n * 10]),)),
+        "mixed numbers": (mixed, (n, k, k + 1), rng.choice([(n + 1, k, k + 1), (n, k, k + 2)])),
         "degrees": (degrees, (n,), (n + 1,)),
         "dollars": (dollars, (n,), (n + 1,)),
         "repeating decimals": (repeating, (digit,), (other,)),
@@ -522,7 +546,8 @@ RULES = (
     "integers,large integers,fractions,scientific notation,square roots,cube roots,"
     "multiples of pi,quadratics,sets,points,intervals,half-lines,matrices,units,"
     "other units,lines,complex numbers,plus or minus,letters of a choice,words,"
-    "powers,binomials,logarithms,exponentials,percentages,degrees,dollars,"
+    "powers,binomials,logarithms,exponentials,percentages,percentages without a sign,"
+    "millions,mixed numbers,degrees,dollars,"
     "repeating decimals,numerals of a base,unions,chains of inequalities,"
     "Unicode's signs,Unicode's halves,functions of degrees,rounded to less,"
     "named values"

@@ -4,9 +4,11 @@ import subprocess
 import sys
 import time
 
+import pytest
 from helpers import ROOT, alive
 
-from support.shared.grading import extract_answer, grade_completions
+from support.shared import grading
+from support.shared.grading import answers_match, extract_answer, grade_completions
 
 
 def test_grades_statuses_and_the_last_box_after_the_last_thought() -> None:
@@ -54,6 +56,41 @@ def test_an_ordinary_batch_takes_under_a_second_and_a_hostile_one_no_longer_than
         (grade,) = grade_completions([text], ["1/3"])
         assert not grade.correct and time.perf_counter() - began < 9  # 8 s, and a loaded machine
     assert grade_completions([r"\boxed{\frac26}"], ["1/3"])[0].correct  # the pool goes on
+
+
+def test_what_cannot_be_read_is_wrong_and_what_fails_for_another_reason_is_told(
+    monkeypatch,
+) -> None:
+    def failing(error: type[BaseException]):
+        def fail(*_):
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(grading, "parse_answer", failing(ValueError))
+    assert not answers_match("1/2", "0.5")
+    for error in (MemoryError, RecursionError):  # the worker makes "error" of them
+        monkeypatch.setattr(grading, "parse_answer", failing(error))
+        with pytest.raises(error):
+            answers_match("1/2", "0.5")
+    monkeypatch.undo()
+    monkeypatch.setattr(grading, "numbers_match", failing(AttributeError))
+    with pytest.raises(AttributeError):
+        answers_match("1/2", "0.5")
+    monkeypatch.undo()
+    assert answers_match("1/2", "0.5")
+
+
+def test_too_slow_a_comparison_of_numbers_is_a_timeout(monkeypatch) -> None:
+    import sympy
+
+    def late(*_):
+        while True:
+            pass
+
+    monkeypatch.setattr(sympy, "N", late)
+    with pytest.raises(TimeoutError):
+        answers_match("0.25", "0.5", seconds=1)
 
 
 def test_grading_processes_start_whatever_the_working_directory_holds(tmp_path) -> None:

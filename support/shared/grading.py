@@ -37,14 +37,39 @@ class Grade(NamedTuple):
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
 _LESS = {">": "<", "≥": "≤", r"\geq": r"\leq ", r"\ge": r"\le "}
 _MORE = r">|≥|\\geq?(?![A-Za-z])"
+_WORDS = {
+    "dozen": "12",
+    "hundred": "100",
+    "thousand": "10^3",
+    "million": "10^6",
+    "billion": "10^9",
+    "trillion": "10^{12}",
+}
+_WORD = "|".join(_WORDS)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_PERCENTS = (
+    (r"^\s*\\text\s*\{([^{}]*(?:%|percent)\s*)\}\s*$", r"\1"),  # \text{60%}
+    (r"\\text\s*\{\s*(?:\\?%|percent)\s*\}", r"\\%"),
+)
 _REWRITES = (
+    *_PERCENTS,
     (r"\\(?:big|Big)g?[lrm]?(?![A-Za-z])", ""),
-    (r"(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}", lambda found: repeating_decimal(*found.groups())),
+    (
+        r"(\d*)\.(\d*)\\(?:overline|bar|dot)\{(\d+)\}(?!\d*\\dot)",
+        lambda found: repeating_decimal(*found.groups()),
+    ),
     # 10{,}080, 10,\!080
     (r"(?<=\d)(?:\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""),
     (r"\\?\$|\s|~|(?<!\\)\\(?:[,;:> ]|(?:boldsymbol|bm|underline|bf|large)(?![a-z]))", " "),
     (r"[\s.,;\\]+$|^\s*\\approx", ""),
+    # 10 000
+    (r"^ *[-+]?\d{1,3}(?: \d{3})+$", lambda found: found[0].replace(" ", "")),
+    # 1 1/2 would be 1
+    (r"^( *-?\d+) +(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
     (r"−", "-"),
+    (r"∞", r"\\infty "),
+    (r"∪", r"\\cup "),
+    (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: f"^{{{found[0].translate(_SUPERSCRIPTS)}}}"),
     (r"√\s*(\d+|\{[^{}]*\}|\([^()]*\)|[A-Za-z])", r"\\sqrt{\1}"),
     (r"½", r"\\frac{1}{2}"),
     (r"⅓", r"\\frac{1}{3}"),
@@ -66,8 +91,17 @@ _REWRITES = (
     ),
     # 5 \frac{\text{m}}{...}
     (r"(?<=[\d}])\s*(?:\\mu\s*\\(?:text|mathrm)|\\[dt]?frac\{\s*\\(?:text|mathrm))\{.*", ""),
+    # 3 million, 3 \text{ million dollars}
+    (
+        rf"(?i)^( *[-+]?[\d.,]+) *(?:\\text *\{{ *)?({_WORD})s?(?: +(?!{_WORD})[a-z]+)? *\}}?$",
+        lambda found: rf"{found[1]} \times {_WORDS[found[2].lower()]}",
+    ),
+    # June 20 would be a product
+    (r"^ *([A-Z][a-z]{2,} \d+)$", r"\\text{\1}"),
     # 18 dollars
-    (r"^\s*([-+]?[\d.,]+) +(?!perc)[A-Za-z]{4,}$", r"\1"),
+    (rf"^\s*([-+]?[\d.,]+) +(?!perc|{_WORD})[A-Za-z]{{4,}}$", r"\1"),
+    # 15 cm^2
+    (r"^ *([-+]?[\d.,]+) *(?:[cmk]m|in|inches|ft|feet|yd|mi|miles)\^\{?[23]\}?$", r"\1"),
     (r"np\.log\b", r"\\ln"),
     (r"(?:np\.|\\)sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"),
     # np.arcsin(10/13)
@@ -185,15 +219,27 @@ def answers_match(prediction: str, gold: str, normalise: bool = True, seconds: i
 
     TimeoutError where one step takes longer than `seconds`.
     """
-    from math_verify import verify
-    from math_verify.errors import TimeoutException
-
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "answers_match sets SIGALRM, which needs the main thread: grade in a process of its own"
         )
-    if normalise and (units_differ(prediction, gold) or bases_differ(prediction, gold)):
+    if not normalise:
+        return readings_match(prediction, gold, normalise, seconds)
+    if units_differ(prediction, gold) or bases_differ(prediction, gold):
         return False
+    if readings_match(prediction, gold, normalise, seconds):
+        return True
+    bare = [without_sign(prediction), without_sign(gold)]
+    if (bare[0] is None) == (bare[1] is None):  # neither has a sign, or both: 50\% is no 5000\%
+        return False
+    return readings_match(bare[0] or prediction, bare[1] or gold, normalise, seconds)
+
+
+def readings_match(prediction: str, gold: str, normalise: bool, seconds: int) -> bool:
+    """answers_match on the two as they stand."""
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
     try:
         readings = [
             parse_gold(gold, normalise, seconds),
@@ -207,13 +253,35 @@ def answers_match(prediction: str, gold: str, normalise: bool = True, seconds: i
             timeout_seconds=seconds,
             raise_on_error=True,
         )
-        if normalise:
-            return numbers_match(*readings, equal, seconds)
-        return equal
     except TimeoutException as late:
         raise TimeoutError(f"math-verify took more than {seconds} s") from late
+    except (MemoryError, RecursionError):  # no verdict: the worker says "error"
+        raise
     except Exception:  # sympy raises all kinds on what it cannot read or compare: no match
         return False
+    if normalise:
+        return numbers_match(*readings, equal, seconds)
+    return equal
+
+
+_PERCENT_SIGN = re.compile(r"(?:\s|~|\\[,;:! ])*(?:\\?%|(?<![a-z])percent)[\s.$]*$")
+_MODULUS = re.compile(r"^(?:.*\\equiv)?\s*(-?\d+)\s*\\pmod\s*(?:\{\d+\}|\d+)[\s.$]*$")
+
+
+def without_sign(answer: str) -> str | None:
+    """60 for 60\\% and 60 percent, 7 for 7 \\pmod{12}; None where there is no such sign.
+
+    A gold often leaves it to the question.
+    """
+    for pattern, replacement in _PERCENTS:
+        answer = re.sub(pattern, replacement, answer)
+    found = _MODULUS.match(answer)
+    if found:
+        return found[1]
+    bare = _PERCENT_SIGN.sub("", answer)
+    if bare == answer or re.search("%|percent", bare):  # none, or a list of them
+        return None
+    return bare
 
 
 def numbers_match(gold: list, prediction: list, equal: bool, seconds: int) -> bool:
@@ -223,6 +291,7 @@ def numbers_match(gold: list, prediction: list, equal: bool, seconds: int) -> bo
     not 928. It subtracts, and drops what is small beside the terms: \\frac{62!}{4! 58!} would be
     \\frac{61!}{4! 57!}.
     """
+    from math_verify.errors import TimeoutException
     from math_verify.utils import timeout
     from sympy import Expr, Float, N
 
@@ -237,7 +306,12 @@ def numbers_match(gold: list, prediction: list, equal: bool, seconds: int) -> bo
     rounded = any(value.has(Float) for value in values)
     if not (equal or rounded):
         return equal
-    x, y = timeout(seconds)(lambda: [N(value.doit()) for value in values])()
+    try:
+        x, y = timeout(seconds)(lambda: [N(value.doit()) for value in values])()
+    except TimeoutException as late:
+        raise TimeoutError(f"sympy took more than {seconds} s") from late
+    if not (x - y).is_finite:  # an infinite one, or what has no value
+        return equal
     size = max(abs(x), abs(y))
     near = (1e-12 if size > 1e-3 else 1e-6) * size
     return bool(abs(x - y) <= near) or bool(equal and rounded and size > 1e-3)
@@ -270,24 +344,40 @@ _UNITS = (
     "percent",
 )
 _UNIT_OF = {name: line for line in _UNITS for name in line.split()}
+_PLAIN = r"\s*[-+]?\s*(?:\d[\d.,]*|\.\d+)"  # a number
+_POWER = r"(?:\^\{?([23])\}?)?[\s.]*\Z"
 _ENDS_IN_UNIT = re.compile(
     r"[\d}]\s*(?:\\[ ,;!]|~)?\s*"
-    r"\\(?:text|mathrm|mbox|textrm)\s*\{(?:\s|~)*(square |cubic )?([A-Za-z]+)\s*\}"
-    r"(?:\^\{?([23])\}?)?[\s.]*\Z"
+    r"\\(?:text|mathrm|mbox|textrm)\s*\{(?:\s|~)*(square |cubic )?([A-Za-z]+)\s*\}" + _POWER
 )
+_PLAIN_WITH_UNIT = re.compile(_PLAIN + r"\s*(square |cubic )?([A-Za-z]+)" + _POWER)
+_DEGREES = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|°)[\s.]*\Z")
+_DOLLARS = re.compile(rf"\s*[-+]?\s*\\?\${_PLAIN}\s*\Z")
 _NUMERAL = re.compile(r"(\d+)_\{?(\d+)\}?")
+
+
+def unit_of(answer: str) -> tuple[str, str] | None:
+    """The unit that we know of those it ends in, or dollars before it, and the unit's power.
+
+    Outside \\text a letter is a unit only after a plain number.
+    """
+    if _DOLLARS.match(answer):
+        return _UNIT_OF["dollar"], "1"
+    if _PERCENT_SIGN.search(answer):
+        return _UNIT_OF["percent"], "1"
+    if _DEGREES.search(answer):
+        return _UNIT_OF["degree"], "1"
+    found = _ENDS_IN_UNIT.search(answer) or _PLAIN_WITH_UNIT.match(answer)
+    if not found or found[2] not in _UNIT_OF:
+        return None
+    power = found[3] or {"square ": "2", "cubic ": "3"}.get(found[1], "1")
+    return _UNIT_OF[found[2]], power
 
 
 def units_differ(prediction: str, gold: str) -> bool:
     """Does each end in a unit that we know, and in another one?"""
-    units = []
-    for answer in (prediction, gold):
-        found = _ENDS_IN_UNIT.search(answer)
-        if not found or found[2] not in _UNIT_OF:
-            return False
-        power = found[3] or {"square ": "2", "cubic ": "3"}.get(found[1], "1")
-        units.append((_UNIT_OF[found[2]], power))
-    return units[0] != units[1]
+    units = [unit_of(prediction), unit_of(gold)]
+    return None not in units and units[0] != units[1]
 
 
 def bases_differ(prediction: str, gold: str) -> bool:
@@ -394,9 +484,10 @@ def _start_worker() -> subprocess.Popen:
 def grade_completions(texts: list[str], golds: list[str], normalise: bool = True) -> list[Grade]:
     """A Grade for each completion text against its gold answer; each takes 7 s at most.
 
-    Whatever the model wrote. Answers equal up to white space are right at once; the others go to a
-    pool of processes. A time-out counts as wrong. `normalise=False` leaves out the rewriting of
-    answers that math-verify cannot read, as published graders do.
+    Whatever the model wrote. Answers equal up to white space, but for that between digits, are
+    right at once; the others go to a pool of processes. A time-out counts as wrong.
+    `normalise=False` leaves out the rewriting of answers that math-verify cannot read, as
+    published graders do.
     """
     grades = []
     todo = []
@@ -419,12 +510,18 @@ def grade_at_sight(text: str, gold: str) -> Grade | None:
     if answer is None:
         unfinished = text.rfind("<think>") > text.rfind("</think>")
         return Grade(False, None, "unfinished" if unfinished else "no_box")
-    if "".join(answer.split()) == "".join(gold.split()):
+    if without_space(answer) == without_space(gold):
         return Grade(True, answer, "ok")
     whole = answer.isascii() and answer.isdecimal() and gold.isascii() and gold.isdecimal()
     if whole and answer.lstrip("0") != gold.lstrip("0"):
         return Grade(False, answer, "ok")
     return None
+
+
+def without_space(answer: str) -> str:
+    """White space stays between digits: 1 1/2 is not 11/2."""
+    answer = " ".join(answer.split())
+    return re.sub(r"(?<!\d) | (?!\d)", "", answer)
 
 
 def workers_wanted(questions: int) -> int:
