@@ -20,7 +20,7 @@ import torch
 
 import eval as ev
 from egrsd import PRESETS, ROOT, Settings, add_adapter
-from support.evaluation import benchmarks, plots
+from support.evaluation import benchmarks, compare, plots
 from support.evaluation.benchmarks import load_benchmark
 from support.shared.models import load_base, load_tokenizer
 
@@ -797,3 +797,51 @@ def test_an_adapter_is_known_by_its_weights_and_scale_not_by_paths_or_the_order_
         (folder / "adapter_model.safetensors").write_bytes(weights)
         marks.append(adapters.adapter_fingerprint(folder))
     assert marks[0] == marks[1] and len(set(marks)) == 3
+
+
+def engine_of(shift: float, noise: list[float]):
+    """A fake engine: greedy log-probabilities moved by `shift`, rounded otherwise in each call."""
+
+    def generate(prompts: list, seeds: list, **sampling: float):
+        off = shift + noise.pop(0)
+        for i in range(len(prompts)):
+            yield i, [5, 6], [-1.0 + off, -2.0 + off]
+
+    return generate
+
+
+def test_an_adapter_must_move_more_than_a_second_call_does() -> None:
+    prompts = [[1], [2]]
+    noise = [1e-3, 1e-5, 2e-5, 3e-6]  # of four calls
+    moved, plain = engine_of(0.01, noise), engine_of(0.0, noise)
+    ev.check_engine(moved, plain, prompts)
+    for noise in ([1e-3, 0.0, 0.0, 0.0], [0.0, 2e-5, 0.0, 1e-5]):
+        deaf = engine_of(0.0, noise)
+        with pytest.raises(SystemExit, match="ignores the adapter"):
+            ev.check_engine(deaf, deaf, prompts)
+    parted = [(0, [5, 7, 9], [-1.0, -2.0, -9.0])]  # where texts part, the rest cannot be compared
+    assert ev.distance(parted, [(0, [5, 6, 8], [-1.0, -3.0, -1.0])]) == 0.5
+
+
+def test_prompts_and_end_tokens_count_among_what_samples_depend_on() -> None:
+    e = ev.parse_eval(["--preset", "tiny"])
+    problems = {"gsm8k": [{"id": "0"}]}
+    found = []
+    for ids, ends in (([1, 2], [2]), ([1, 3], [2]), ([1, 2], [2, 4])):
+        work = [{"benchmark": "gsm8k", "prompt_ids": ids}]
+        found.append(ev.what_counts(e, "hf", problems, None, work, ends))
+    assert found[0]["prompts"] != found[1]["prompts"]
+    assert found[0]["end_tokens"] != found[2]["end_tokens"]
+    assert found[0]["prompts"] == found[2]["prompts"]
+
+
+def test_other_seeds_of_a_setting_are_averaged_and_told_apart() -> None:
+    last = {}
+    for seed, accuracy in enumerate((80.0, 90.0, 70.0)):
+        run = {"gamma": 1.0, "W": 5, "run": f"runs/seed-{seed}", "accuracy": accuracy}
+        last[1.0, 5, run["run"]] = {**run, "benchmarks": {"tiny": {"accuracy": accuracy - 1}}}
+    assert compare.heatmap_cells(last) == {(1.0, 5): {"tiny": 79.0, "Avg.": 80.0}}
+    labels = [compare.unlike(run, last.values()) for run in last.values()]
+    assert labels == [f"gamma 1.0 W 5, runs/seed-{seed}" for seed in range(3)]
+    one = last[1.0, 5, "runs/seed-0"]
+    assert compare.unlike(one, [one]) == "gamma 1.0 W 5"

@@ -527,6 +527,8 @@ def without_space(answer: str) -> str:
 def workers_wanted(questions: int) -> int:
     """One for eight questions, as many as this rank's share of the cores allows."""
     cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Slurm may have given fewer
+        cores = len(os.sched_getaffinity(0))
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(MOST_WORKERS, share, math.ceil(questions / 8)))
 
