@@ -153,7 +153,8 @@ def test_the_slurm_script_trains_on_two_machines(whole, tmp_path) -> None:
     tools.mkdir()
     (tools / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n")
     (tools / "srun").write_text(
-        '#!/bin/bash\n"${@:2}" & "${@:2}"\nstatus=$?\nwait $! && exit $status\n'
+        "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
+        '"$@" & "$@"\nstatus=$?\nwait $! && exit $status\n'
     )
     (tools / "torchrun").write_text(
         f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n'
