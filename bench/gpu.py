@@ -41,6 +41,7 @@ class Options:
     parts: bool = opt("what", False, "print the names of the parts")
     rehearse: bool = opt("what", False, "on a CPU, with tiny shapes")
     shapes: str = opt("what", "qwen3-4b,qwen3-8b", "random models, with commas")
+    steps: int = opt("what", 20, "of the loop")
     out: str = opt("what", "runs/gpu", "models, runs and results")
 
 
@@ -93,7 +94,7 @@ def device_of(o: Options) -> torch.device:
 
 
 def work_of(o: Options) -> Work:
-    return REHEARSAL if o.rehearse else Work(tuple(o.shapes.split(",")))
+    return REHEARSAL if o.rehearse else Work(tuple(o.shapes.split(",")), steps=o.steps)
 
 
 def model_folder(shape: str, o: Options) -> Path:
@@ -114,19 +115,22 @@ def call(o: Options, *command: object, processes: int = 1) -> str:
     if o.rehearse:
         env["EGRSD_REHEARSE"] = "1"
         env.setdefault("OMP_NUM_THREADS", "1")
-    done = subprocess.run(
+    lines = []
+    with subprocess.Popen(
         [*launch, *map(str, command)],
         cwd=ROOT,
         env=env,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    print(done.stdout)
-    name = " ".join(map(str, command[:3]))
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with status {done.returncode}")
-    return done.stdout
+    ) as program:
+        for line in program.stdout:  # as it comes: of a part that is cut off, the log tells how far
+            print(line, end="", flush=True)
+            lines.append(line)
+    if program.returncode:
+        name = " ".join(map(str, command[:3]))
+        raise RuntimeError(f"{name} ended with status {program.returncode}")
+    return "".join(lines)
 
 
 def gpus(o: Options) -> int:

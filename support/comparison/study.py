@@ -153,7 +153,7 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
     yield from every("h1", "012", "0", LONG, chosen)
     yield from every("h2", "012", "012345", SAME_RATE, chosen)
     for regime in ("h1", "h2"):
-        yield from every(regime, "012", "012", SWEEP, chosen)
+        yield from every(regime, "012", "012345", SWEEP, chosen)
 
 
 def search_rates(regime: str) -> Iterator[dict[str, str]]:
