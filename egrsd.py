@@ -350,22 +350,17 @@ def start_colocated_vllm(
     )
     from vllm.lora.request import LoRARequest
 
-    size = sum(p.numel() * p.element_size() for p in trainable(model).values())
-    folder = run_folder.adapter_shelf(Path(s.out), size)
+    folder = engines.lend_adapter(llm, model)
 
     def push() -> None:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            models.save_for_engine(model, folder)
-        processes.barrier()  # written before anyone reads
-        new = llm.llm_engine.add_lora(LoRARequest("student", 1, str(folder), load_inplace=True))
+        new = llm.llm_engine.add_lora(LoRARequest("student", 1, folder, load_inplace=True))
         # Without this the engine would serve what older weights computed: the prefix cache is
         # keyed by the adapter's name, which stays.
         if not (new and llm.reset_prefix_cache()):
             console.fail("the rollout engine kept its old adapter, or what that one had computed")
-        processes.barrier()  # read before anyone writes again
 
-    # Without load_inplace, which would read the folder again for every token.
-    lora = LoRARequest("student", 1, str(folder))
+    # Without load_inplace, which would fetch the adapter again for every token.
+    lora = LoRARequest("student", 1, folder)
     return functools.partial(vllm_generate, llm, lora, eos_ids), push
 
 

@@ -111,7 +111,7 @@ def measure_decoding(
 
 
 def clock_the_push(parts: dict[str, list[float]]) -> None:
-    """Around the three things that a push to vLLM does."""
+    """Around the two things that a push to vLLM does."""
 
     def timed(name: str, work: Callable) -> Callable:
         def measured(*args, **options):
@@ -122,7 +122,6 @@ def clock_the_push(parts: dict[str, list[float]]) -> None:
 
         return measured
 
-    models.save_for_engine = timed("file", models.save_for_engine)
     start_vllm = egrsd.start_vllm
 
     def start(*args, **options):
@@ -203,12 +202,12 @@ def run_case(case: tuple[str, str, str, str], folder: Path, argv: list[str], lim
 
 def show(results: list[dict], o: Options) -> None:
     print(f"\n{results[0]['device']}; prompts of {o.prompt} tokens, {o.new} new ones\n")
-    print("| shape | engine | rank | shared by | start, s | push, s | file + load + reset | MB |")
+    print("| shape | engine | rank | shared by | start, s | push, s | load + reset | MB |")
     print("|---|---|---|---|---|---|---|---|")
     for r in results:
         parts = "nothing to push"
         if "parts" in r:
-            parts = " + ".join(f"{r['parts'].get(k, 0):.3f}" for k in ("file", "load", "reset"))
+            parts = " + ".join(f"{r['parts'].get(k, 0):.3f}" for k in ("load", "reset"))
         first = f"| {r['shape']} | {r['engine']} | {r['rank']} | {r['tp']} | {r['start']:.1f} "
         print(first + f"| {r['push']:.3f} | {parts} | {r['adapter_mb']:.1f} |")
     names = list(dict.fromkeys(name for r in results for name in r["decode"]))

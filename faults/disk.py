@@ -117,9 +117,7 @@ def broken(
 # --------------------------------------------------------------------------------------------------
 # What must hold
 
-SENTENCE = re.compile(
-    r"could not be (written|handed)|cannot be made|cannot be read|Input/output error"
-)
+SENTENCE = re.compile(r"could not be written|cannot be made|cannot be read|Input/output error")
 
 
 def ends(program: Callable, argv: list[str], log: Path) -> tuple[int, str]:

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT, SMALL, read_log, tiny_settings
 
 import egrsd
-from support.shared import files, models, plots
+from support.shared import files, plots
 from support.training import run_folder
 
 
@@ -62,13 +62,3 @@ def test_a_checkpoint_does_not_make_a_removed_folder_anew(tmp_path) -> None:
     with pytest.raises(SystemExit, match="step_1 could not be written.*No such file"):
         run_folder.save_checkpoint(gone, 1, 8, {}, {}, {}, **parts)
     assert not gone.exists()
-
-
-def test_an_engine_that_cannot_be_handed_the_adapter_is_told_of(tmp_path) -> None:
-    from helpers import fresh_model
-
-    model, _ = fresh_model()
-    (tmp_path / "shelf").mkdir()
-    (tmp_path / "shelf" / "adapter_model.safetensors").mkdir()
-    with pytest.raises(SystemExit, match="could not be handed to the engine.*Make room there"):
-        models.save_for_engine(model, tmp_path / "shelf")

@@ -9,7 +9,7 @@ import torch
 from helpers import SMALL, base_of, fresh_model, read_log, run, tiny_settings
 
 import egrsd
-from support.shared import models, processes
+from support.shared import engines, models, processes
 from support.training import guards
 
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -146,18 +146,22 @@ def test_more_processes_than_gpus_is_a_sentence(monkeypatch) -> None:
         processes.own_gpu(2)
 
 
-def test_the_engine_gets_the_adapter_in_the_dtype_to_which_it_would_round(tmp_path) -> None:
+def test_the_engine_gets_a_copy_of_the_adapter_in_the_dtype_to_which_it_would_round(
+    tmp_path,
+) -> None:
     from safetensors.torch import load_file
 
     for model in (bfloat16_model(1), fresh_model()[0]):
-        models.save_for_engine(model, tmp_path / "engine")
+        got = engines.adapter_copy(model)
         egrsd.save_student(model, tmp_path / "checkpoint")
-        got = load_file(tmp_path / "engine" / "adapter_model.safetensors")
         want = load_file(tmp_path / "checkpoint" / "adapter_model.safetensors")
         assert got.keys() == want.keys() and got
         for name, tensor in want.items():
             assert tensor.dtype == torch.float32  # a checkpoint loses nothing
             assert torch.equal(got[name], tensor.to(models.head_of(model).dtype))
+            got[name].mul_(2)  # as vLLM does, with B and alpha / r
+        for name, tensor in engines.adapter_copy(model).items():
+            assert torch.equal(tensor, want[name].to(tensor.dtype))
 
 
 def probe(noise: float, follows: bool, *options: object) -> None:

@@ -230,24 +230,6 @@ def take_input_as_it_is(model):
     return model
 
 
-def save_for_engine(model, folder: Path) -> None:
-    """The adapter in the base's dtype: vLLM rounds it to that as it loads, so half the bytes do."""
-    from safetensors import SafetensorError
-
-    dtype = head_of(model).dtype
-    state = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            state[name] = p.detach().to(dtype)
-    try:
-        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
-    except (OSError, SafetensorError) as error:
-        fail(
-            f"the adapter could not be handed to the engine in {folder} ({first_line(error)}). "
-            "Make room there, then --resume"
-        )
-
-
 ATTENTION_ONLY = "--lora_targets q_proj,k_proj,v_proj,o_proj"
 
 

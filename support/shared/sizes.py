@@ -162,7 +162,8 @@ def estimate_memory(
         "head": 4 * head_chunk * (4 * tile + 2 * m.hidden),  # float32; two tiles, measured
     }
     if engine_tp:
-        parts["engine"] = bytes_each * (m.base / engine_tp + m.adapter)
+        # Its share of the weights; the adapter where the layers take it, and as it was handed over.
+        parts["engine"] = bytes_each * (m.base / engine_tp + 2 * m.adapter)
         parts["engine's cache"] = cache_bytes
     else:
         passes = parts["activations"] + parts["head"]

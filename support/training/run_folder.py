@@ -4,11 +4,9 @@ Rank 0 writes. A checkpoint is a PEFT adapter that loads anywhere, and the train
 in it is a pickle.
 """
 
-import atexit
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -136,22 +134,6 @@ def holds_a_run(out: Path) -> bool:
         if path.exists() and path.stat().st_size:
             return True
     return False
-
-
-def adapter_shelf(out: Path, size: int) -> Path:
-    """A folder through which an adapter of `size` bytes passes to the engine.
-
-    It is deleted at the end, after a kill at the run's next start. In memory where there is a RAM
-    disk with twice the room: a container may have 64 MB alone.
-    """
-    ram = Path("/dev/shm")
-    room = os.access(ram, os.W_OK) and shutil.disk_usage(ram).free > 2 * size
-    out = out.resolve()
-    shelf = ram if all(gather([room])) else out
-    name = hashlib.sha256(str(out).encode()).hexdigest()[:12]
-    folder = shelf / f".egrsd-{name}-{os.environ.get('GROUP_RANK', 0)}"  # one for each machine
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def clear_run(
