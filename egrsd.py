@@ -350,17 +350,17 @@ def start_colocated_vllm(
     )
     from vllm.lora.request import LoRARequest
 
-    folder = engines.lend_adapter(llm, model)
+    engines.lend_adapter(llm, model)
 
     def push() -> None:
-        new = llm.llm_engine.add_lora(LoRARequest("student", 1, folder, load_inplace=True))
+        new = llm.llm_engine.add_lora(LoRARequest("student", 1, "memory", load_inplace=True))
         # Without this the engine would serve what older weights computed: the prefix cache is
         # keyed by the adapter's name, which stays.
         if not (new and llm.reset_prefix_cache()):
             console.fail("the rollout engine kept its old adapter, or what that one had computed")
 
     # Without load_inplace, which would fetch the adapter again for every token.
-    lora = LoRARequest("student", 1, folder)
+    lora = LoRARequest("student", 1, "memory")
     return functools.partial(vllm_generate, llm, lora, eos_ids), push
 
 

@@ -5,8 +5,8 @@
     python bench/limits.py --run runs/qwen3-8b                     # what a run took, beside that
     python bench/limits.py --run runs/tiny --tflops 0.1 --gbps 20  # on a CPU
 
-Decoding reads all weights and the cache once for each token, and starts each layer's kernels, which
-takes as long however few sequences there are; the passes are FLOPs at a share --mfu of the peak;
+Decoding reads all weights and the cache once for each token, and spends a measured time on each
+layer, however few sequences there are; the passes are FLOPs at a share --mfu of the peak;
 memory is the program's own estimate. Grading, the push, Python and waiting for the longest rollout
 come on top, so that a real step is slower than this.
 """
@@ -51,7 +51,8 @@ GPUS = {
 }
 
 # Of a layer with an adapter, for each token, beyond its bytes: an H200 took 6.5 ms for the 36 of
-# Qwen3-4B with 1 sequence, 6.6 with 8 and 7.0 with 32, of which the bytes are 1.7 to 2.3.
+# Qwen3-4B with 1 sequence, 6.6 with 8 and 7.0 with 32 short ones, of which the bytes are 1.7 to 2.3.
+# That other GPUs and depths do so is an assumption.
 LAUNCHES = 0.13e-3
 
 

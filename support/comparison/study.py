@@ -150,7 +150,7 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
         for value in values:
             arms = (*UNTRAINED, "rlsd", "egrsd")
             yield from every(f"h2:{name}={value}", "0", "012", arms, chosen)
-    yield from every("h1", "012", "0", LONG, chosen)
+    yield from every("h1", "012", "012345", LONG, chosen)
     yield from every("h2", "012", "012345", SAME_RATE, chosen)
     for regime in ("h1", "h2"):
         yield from every(regime, "012", "012345", SWEEP, chosen)
