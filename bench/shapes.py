@@ -16,6 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from support.shared import console  # noqa: E402
+
 # Configurations: d, MLP width, layers, query heads, KV heads, head size, V, is the head the
 # embedding? Those of Qwen3 are the hub's.
 SHAPES = {
@@ -32,6 +34,8 @@ POSITIONS = 32_768
 def config_of(shape: str):
     from transformers import Qwen3Config
 
+    if shape not in SHAPES:
+        console.fail(f"{shape!r} is no shape: it is one of {', '.join(SHAPES)}")
     hidden, mlp, layers, heads, kv_heads, head_dim, vocab, tied = SHAPES[shape]
     return Qwen3Config(
         hidden_size=hidden,

@@ -41,7 +41,7 @@ COLUMNS = (
 )
 BLOCKS = 20
 STUDENT_T = 2.101  # 97.5 % point, 20 - 2 degrees of freedom
-MOST_GROWTH = {"step": 0.5, "push": 5.0}  # MiB per 1,000: safetensors 0.8.0 keeps 64 bytes a read
+MOST_GROWTH = {"step": 0.5, "push": 1.0}  # MiB per 1,000
 
 
 # --------------------------------------------------------------------------------------------------

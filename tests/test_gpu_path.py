@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import SMALL, base_of, fresh_model, read_log, run, tiny_settings
 
 import egrsd
 from support.shared import engines, models, processes
+from support.shared.console import installed
 from support.training import guards
 
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -162,6 +164,40 @@ def test_the_engine_gets_a_copy_of_the_adapter_in_the_dtype_to_which_it_would_ro
             got[name].mul_(2)  # as vLLM does, with B and alpha / r
         for name, tensor in engines.adapter_copy(model).items():
             assert torch.equal(tensor, want[name].to(tensor.dtype))
+
+
+@pytest.mark.skipif(not installed("vllm"), reason="vLLM is not installed")
+def test_vllm_is_lent_the_adapter_and_what_it_cannot_take_is_named() -> None:
+    model, s = fresh_model()
+    worker = lora_worker(s.lora_r, "qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    engines.lend_adapter(worker, model)
+    lora = worker.model_runner.lora_manager._load_adapter(SimpleNamespace(lora_int_id=1))
+    mine = engines.adapter_copy(model)
+    assert len(lora.loras) == len(mine) / 2 and lora.rank == s.lora_r
+    for name, layer in lora.loras.items():
+        assert torch.equal(layer.lora_a, mine[f"base_model.model.{name}.lora_A.weight"])
+        assert torch.equal(layer.lora_b, mine[f"base_model.model.{name}.lora_B.weight"])
+        assert layer.scaling == s.lora_alpha / s.lora_r
+
+    fewer = lora_worker(s.lora_r, "qkv_proj", "o_proj")
+    engines.lend_adapter(fewer, model)
+    with pytest.raises(SystemExit, match="takes no adapter.*down_proj, gate_proj, up_proj"):
+        fewer.model_runner.lora_manager._load_adapter(SimpleNamespace(lora_int_id=1))
+
+
+def lora_worker(rank: int, *modules: str) -> SimpleNamespace:
+    """What lend_adapter sees of vLLM: an engine that is its own worker, with these layers."""
+    from vllm.config.lora import LoRAConfig
+
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    layers = SimpleNamespace(
+        supported_lora_modules=modules, packed_modules_mapping=packed, model=torch.nn.Module()
+    )
+    config = LoRAConfig(max_lora_rank=rank, lora_dtype=torch.float32)
+    manager = SimpleNamespace(_adapter_manager=layers, lora_config=config)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager))
+    worker.collective_rpc = lambda work: [work(worker)]
+    return worker
 
 
 def probe(noise: float, follows: bool, *options: object) -> None:
