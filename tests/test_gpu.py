@@ -121,7 +121,7 @@ def test_vllm_starts_is_probed_and_stays_near_the_trainer(tmp_path) -> None:
         pytest.skip("vLLM is not installed")
     output = run(*SMALL, "--steps", 3, "--engine", "vllm", "--out", tmp_path / "run")
     assert "a random adapter reached the engine" in output
-    limit = 0.1 if ON_GPU else 1e-3  # the run's own, and the trained model's
+    limit = 0.01 if ON_GPU else 1e-3  # an H200 read 0.002 at most
     assert all(row["canary"] < limit for row in read_log(tmp_path / "run"))
 
 
