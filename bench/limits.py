@@ -53,7 +53,7 @@ GPUS = {
 # Of a layer with an adapter, for each token, beyond its bytes: an H200 took 6.5 ms for the 36 of
 # Qwen3-4B with 1 sequence, 6.6 with 8 and 7.0 with 32 short ones; their bytes take 1.7 to 2.3.
 # That other GPUs and depths do so is an assumption.
-LAUNCHES = 0.13e-3
+LAYER_SECONDS = 0.13e-3
 
 
 @dataclasses.dataclass
@@ -116,7 +116,7 @@ def phases(
     context = o.student_prompt + o.completion / 2  # on average
     read += together * context * 2 * 2 * m.layers * m.keys
     work = 2 * together * (m.linear + m.adapter + m.vocab * m.hidden)
-    token = max(read / tp / (gpu.tb_s * 1e12), work / tp / peak) + m.layers * LAUNCHES
+    token = max(read / tp / (gpu.tb_s * 1e12), work / tp / peak) + m.layers * LAYER_SECONDS
     if tp > 1:  # two a layer: after attention and after the MLP
         token += 2 * m.layers * gpu.all_reduce_us * 1e-6
     prefill = together / tp * forward_flops(m, o.student_prompt, True)
