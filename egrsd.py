@@ -350,12 +350,14 @@ def start_colocated_vllm(
     )
     from vllm.lora.request import LoRARequest
 
+    # From here on vLLM loads the trainer's adapter as it is at that moment, from memory: the path
+    # of a request is never opened.
     engines.lend_adapter(llm, model)
 
     def push() -> None:
         new = llm.llm_engine.add_lora(LoRARequest("student", 1, "memory", load_inplace=True))
         # Without this the engine would serve what older weights computed: the prefix cache is
-        # keyed by the adapter's name, which stays.
+        # keyed by the adapter's name and path, which stay.
         if not (new and llm.reset_prefix_cache()):
             console.fail("the rollout engine kept its old adapter, or what that one had computed")
 
