@@ -76,7 +76,8 @@ def test_any_beginning_of_the_core_is_balanced_and_each_run_is_one_that_can_be_p
     first = core[: 3 * len(study.CORE)]
     assert {r["seed"] for r in first} == {"0"} and {r["base"] for r in first} == {"0", "1", "2"}
     assert len(core) == 3 * 6 * len(study.CORE)
-    everything = [*study.plan("whole", chosen)]
+    everything = [*study.plan("more", chosen)]
+    assert everything[: len([*study.plan("whole", chosen)])] == [*study.plan("whole", chosen)]
     assert len({study.key_of(r) for r in everything}) == len(everything)
     for name, options in study.ARMS.items():
         made = dict(zip(study.KEY, ("h1", "0", name, "0", "1e-3", "test")))

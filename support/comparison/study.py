@@ -66,7 +66,8 @@ for gamma in ("0.1", "0.3", "0.5", "0.7"):
     SWEEP[f"egrsd-{gamma}"] = ["--gamma", gamma, "--W", "0"]
 for gamma, W in itertools.product(("0.3", "1"), ("1", "3", "7")):
     SWEEP[f"cl-egrsd-{gamma}-{W}"] = ["--gamma", gamma, "--W", W]
-# Added after first results were seen: as many steps as the paper has, where reward may catch up.
+# These, and the rest of add_later, were added when first results had been seen. As many steps as
+# the paper has, where reward may catch up.
 LONG = {}
 for name in ("reward", "rlsd", "egrsd"):
     LONG[f"long-{name}"] = [*CORE[name], "--steps", "100", "--save_every", "100"]
@@ -127,8 +128,8 @@ WRITTEN = re.compile(r"(#\d+) (\d) ([+-]\d) = (\d)")  # an operation in a soluti
 def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, str]]:
     """Runs in order: what answers most comes first, and seed by seed, so that it may stop anywhere.
 
-    `which` is "whole", "quick" or "large". `chosen` is the learning rate of each (regime, tuned
-    arm), as far as it is known.
+    `which` is "whole", "more", "quick" or "large". `chosen` is the learning rate of each (regime,
+    tuned arm), as far as it is known.
     """
     if which == "quick":
         for seed, arm in itertools.product("01", ("none", "reward", "rlsd", "egrsd", "cl-egrsd")):
@@ -143,17 +144,30 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
     for regime in ("h1", "h2"):
         yield from search_rates(regime)
         yield from every(regime, "012", "012345", (*UNTRAINED, *CORE), chosen)
-    yield from every("h1", "012", "012345", HIGH_RATE, chosen)
     for regime in ("h1", "h2"):
         yield from every(regime, "012", "012345", OTHERS, chosen)
+    yield from change_properties("0", chosen)
+    yield from every("h1", "012", "012345", SWEEP, chosen)
+    if which == "more":
+        yield from add_later(chosen)
+
+
+def change_properties(bases: str, chosen: dict) -> Iterator[dict[str, str]]:
+    """Each value has bases of its own: the property is one of what they are pre-trained on."""
     for name, values in PROPERTIES.items():
         for value in values:
             arms = (*UNTRAINED, "rlsd", "egrsd")
-            yield from every(f"h2:{name}={value}", "0", "012", arms, chosen)
+            yield from every(f"h2:{name}={value}", bases, "012", arms, chosen)
+
+
+def add_later(chosen: dict) -> Iterator[dict[str, str]]:
+    """What was added to the plan when first results had been seen."""
+    yield from every("h1", "012", "012345", HIGH_RATE, chosen)
     yield from every("h1", "012", "012345", LONG, chosen)
     yield from every("h2", "012", "012345", SAME_RATE, chosen)
-    for regime in ("h1", "h2"):
-        yield from every(regime, "012", "012345", SWEEP, chosen)
+    yield from every("h2", "012", "012345", SWEEP, chosen)
+    for base in "12":
+        yield from change_properties(base, chosen)
 
 
 def search_rates(regime: str) -> Iterator[dict[str, str]]:
@@ -483,8 +497,10 @@ def main(
     )
     add = parser.add_argument
     add("--study", action="store_true", help="this")
-    add("--quick", action="store_true", help="ten runs of the embedded task, minutes")
-    add("--large", action="store_true", help="regime h3, a base 29 times as large, for a GPU")
+    which = {"dest": "which", "action": "store_const", "default": "whole"}
+    add("--more", const="more", **which, help="then what was added after first results")
+    add("--quick", const="quick", **which, help="ten runs of the embedded task, minutes")
+    add("--large", const="large", **which, help="regime h3, 29 times as large, for a GPU")
     add("--report", action="store_true", help="no run: draw tables and figures again")
     add("--jobs", type=int, default=2, help="processes side by side, each on one core")
     add("--minutes", type=float, default=1e6, help="start no run after that time")
@@ -493,13 +509,12 @@ def main(
     o = parser.parse_args(argv)
     if o.jobs < 1:
         parser.error("--jobs must be at least 1")
-    results = o.results or (o.out / "quick" if o.quick else ROOT / "results")
+    results = o.results or (o.out / "quick" if o.which == "quick" else ROOT / "results")
     if not o.report:
         make_folder(o.out / "bases")
         make_folder(results)
         write_json(o.out / "arms.json", ARMS)
-        which = "quick" if o.quick else "large" if o.large else "whole"
-        do_runs(which, o.out, results, o.jobs, o.minutes, train, see_reference)
+        do_runs(o.which, o.out, results, o.jobs, o.minutes, train, see_reference)
     if not (results / "runs.csv").exists():
         fail(f"--report: there is no {results}/runs.csv; --study without --report makes it")
     page = ROOT / "RESULTS.md" if results == ROOT / "results" else results / "RESULTS.md"
