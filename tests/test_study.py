@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT, run
 
@@ -29,6 +30,15 @@ def test_interval_is_students() -> None:
     assert mean == 3 and half == pytest.approx(1.9632, abs=2e-3)
     assert report.interval([7.0]) == (7.0, None)
     assert len(report.T_95) == 31 and report.T_95[10] == 2.228
+
+
+def test_slope_and_its_interval() -> None:
+    xs, ys = (0.0, 0.0, 1.0, 2.0, 3.0), (1.0, 2.0, 1.0, 4.0, 5.0)
+    line, covariance = np.polyfit(xs, ys, 1, cov=True)
+    rise, half = report.slope(xs, ys)
+    assert rise == pytest.approx(line[0])
+    assert half == pytest.approx(3.182 * math.sqrt(covariance[0, 0]))  # t of 3 degrees of freedom
+    assert report.slope([0.0, 2.0], [1.0, 5.0]) == (2.0, None)
 
 
 def test_differences_are_paired_by_base_and_seed_and_bases_are_counted_once() -> None:
@@ -238,7 +248,9 @@ def test_a_property_is_compared_with_as_many_seeds_of_the_unchanged_task(tmp_pat
     rows.append(row("egrsd", "1", "0", 99, regime="h2"))  # another base
     table = report.properties_table(rows).splitlines()
     assert table[2].startswith("| p_style | 0.5 (h2) |  |  | 40.5 | 40.0 | -0.5 ±")
-    assert table[3] == "| p_style | 0.9 | 30.0 | 80.0 | 50.0 | 55.0 | +5.0 ± 0.0 | 2 |"
+    assert table[3] == "| p_style | 0.9 | 30.0 | 80.0 | 50.0 | 55.0 | +5.0 ± 0.0 | 2 | +5.0 |"
+    line = "| stronger leak of style (p_style) | 0.5 | 0.9 | +5.5 | 2 |"
+    assert report.slopes_table(rows).splitlines()[2] == line
     report.draw_properties(tmp_path / "properties.png", rows)
     means = [5.0, -1.5, 99.0 - 50.0]  # of the changed task, and of two bases of h2
     rows.append(row("rlsd", "1", "0", 50, regime="h2"))

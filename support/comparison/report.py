@@ -63,6 +63,13 @@ UNCHANGED = {  # the properties' values in regime h2, as tiny/make.py has them
     "p_filler": 0.4,
     "p_style": 0.5,
 }
+MEANING = {  # of a higher value
+    "p_reference_hard": "noisier reference",
+    "p_hard_low": "sparser reward",
+    "p_stop": "shorter runs of filler",
+    "p_filler": "more runs of filler",
+    "p_style": "stronger leak of style",
+}
 
 # --------------------------------------------------------------------------------------------------
 # Statistics
@@ -103,6 +110,20 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
+def slope(xs: list[float], ys: list[float]) -> tuple[float, float | None]:
+    """Of the straight line through the points, and half its 95 % interval; None with two points."""
+    line = statistics.linear_regression(xs, ys)
+    degrees = len(xs) - 2
+    if not degrees:
+        return line.slope, None
+    squares = 0.0
+    for x, y in zip(xs, ys):
+        squares += (y - line.intercept - line.slope * x) ** 2
+    spread = len(xs) * statistics.pvariance(xs)
+    t = T_95[min(degrees, len(T_95) - 1)]
+    return line.slope, t * math.sqrt(squares / degrees / spread)
+
+
 def by_pair(rows: list[dict], arm: str, name: str) -> dict[tuple[str, str], float]:
     """(base, seed) -> the figure of this arm's run."""
     return {(row["base"], row["seed"]): float(row[name]) for row in where(rows, arm=arm)}
@@ -116,6 +137,17 @@ def differences(rows: list[dict], arm: str, other: str, name: str) -> dict[str, 
     for key in sorted(mine.keys() & theirs.keys()):
         found.setdefault(key[0], []).append(mine[key] - theirs[key])
     return found
+
+
+def on_the_pairs_of(some: list[dict], rows: list[dict]) -> list[dict]:
+    """Of the rows, those whose base and seed some of the others have."""
+    pairs = {(row["base"], row["seed"]) for row in some}
+    return [row for row in rows if (row["base"], row["seed"]) in pairs]
+
+
+def gate_by_base(rows: list[dict]) -> dict[str, list[float]]:
+    """base -> gate minus no gate of its seeds, in points of accuracy."""
+    return differences(rows, "egrsd", "rlsd", "accuracy")
 
 
 def base_means(found: dict[str, list[float]]) -> list[float]:
@@ -350,9 +382,9 @@ def draw_curves(path: Path, curves: list[dict], regime: str) -> None:
 
 
 def properties_of(rows: list[dict]) -> dict[str, list[tuple[float, list[dict]]]]:
-    """property -> its values in order, each with the runs on base 0 that have it.
+    """property -> its values in order, each with the runs that have it.
 
-    As many seeds of the unchanged regime h2 as of the others, so that all rest on the same.
+    Those of the unchanged regime h2 on the bases and seeds that the others have, too.
     """
     found = {}
     for regime in different(rows, "regime"):
@@ -360,10 +392,9 @@ def properties_of(rows: list[dict]) -> dict[str, list[tuple[float, list[dict]]]]
         name, _, value = changed.partition("=")
         if not changed:
             continue
-        mine = where(rows, regime=regime, base="0")
+        mine = where(rows, regime=regime)
         if name not in found:
-            seeds = different(mine, "seed")
-            unchanged = [r for r in where(rows, regime="h2", base="0") if r["seed"] in seeds]
+            unchanged = on_the_pairs_of(mine, where(rows, regime="h2"))
             found[name] = [(UNCHANGED[name], unchanged)]
         found[name].append((float(value), mine))
     for values in found.values():
@@ -372,41 +403,67 @@ def properties_of(rows: list[dict]) -> dict[str, list[tuple[float, list[dict]]]]
 
 
 def properties_table(rows: list[dict]) -> str:
-    """The base, its teacher, no gate and the gate, and their paired difference, at each value."""
-    text = (
-        "| property | value | base, % | teacher, % | rlsd, % | egrsd, % | egrsd − rlsd | pairs |\n"
-    )
-    text += "|---|---|---|---|---|---|---|---|\n"
+    """The bases, their teachers, no gate and the gate, and their paired difference."""
+    text = "| property | value | base, % | teacher, % | rlsd, % | egrsd, % "
+    text += "| egrsd − rlsd | pairs | by base |\n|---|---|---|---|---|---|---|---|---|\n"
     for name, values in properties_of(rows).items():
         for value, mine in values:
             cells = []
-            for arm in ("none", "teacher", "rlsd", "egrsd"):
+            for arm in ("none", "teacher"):
+                cells.append(listed(column(where(mine, arm=arm), "accuracy"), ""))
+            for arm in ("rlsd", "egrsd"):
                 scores = column(where(mine, arm=arm), "accuracy")
                 cells.append(f"{statistics.fmean(scores):.1f}" if scores else "")
-            pairs = all_pairs(differences(mine, "egrsd", "rlsd", "accuracy"))
+            found = gate_by_base(mine)
+            pairs = all_pairs(found)
             cells.append(plus_minus(*interval(pairs)) if pairs else "")
+            cells += [str(len(pairs)), listed(base_means(found))]
             unchanged = " (h2)" if value == UNCHANGED[name] else ""
-            text += f"| {name} | {value:g}{unchanged} | {' | '.join(cells)} | {len(pairs)} |\n"
+            text += f"| {name} | {value:g}{unchanged} | {' | '.join(cells)} |\n"
+    return text
+
+
+def slopes_table(rows: list[dict]) -> str:
+    """What the gate gains from each property's lowest value to its highest, by a straight line.
+
+    A point of the line is a base: its seeds share what it happens to be.
+    """
+    text = "| a higher value means | from | to | egrsd − rlsd changes by | bases |\n"
+    text += "|---|---|---|---|---|\n"
+    for name, values in properties_of(rows).items():
+        xs, ys = [], []
+        for value, mine in values:
+            means = base_means(gate_by_base(mine))
+            xs += [value] * len(means)
+            ys += means
+        if len(set(xs)) < 2:
+            continue
+        low, high = values[0][0], values[-1][0]
+        rise, half = slope(xs, ys)
+        change = plus_minus((high - low) * rise, half and (high - low) * half)
+        text += f"| {MEANING[name]} ({name}) | {low:g} | {high:g} | {change} | {len(ys)} |\n"
     return text
 
 
 def draw_properties(path: Path, rows: list[dict]) -> None:
     """Gate minus no gate where one property of the task is changed at a time."""
     found = properties_of(rows)
-    figure, axes = canvas(1, len(found), 3.2 * len(found), 3.4, sharey=True)
+    figure, axes = canvas(1, len(found), 2.6 * len(found), 3.6, sharey=True)
     for axis, (name, values) in zip(axes[0], found.items()):
-        xs, means, bars = [], [], []
         for value, mine in values:
-            pairs = all_pairs(differences(mine, "egrsd", "rlsd", "accuracy"))
-            if len(pairs) > 1:
-                mean, half = interval(pairs)
-                xs.append(value)
-                means.append(mean)
-                bars.append(half)
-        axis.errorbar(xs, means, bars, fmt="o-", color=COLORS[0], capsize=3)
+            gains = gate_by_base(mine)
+            if not gains:
+                continue
+            means = base_means(gains)
+            axis.plot([value] * len(means), means, "s", color=COLORS[1], ms=4)
+            mean, half = interval(all_pairs(gains))
+            axis.errorbar(value, mean, half, fmt="o", color=COLORS[0], capsize=3)
         axis.axhline(0, color="#555555", lw=1)
-        axis.set_xlabel(name)
+        axis.set_xlabel(f"{name}\n\u2192 {MEANING[name]}")
     axes[0, 0].set_ylabel("egrsd \u2212 rlsd (points)")
+    axes[0, 0].plot([], [], "o-", color=COLORS[0], label="95 % over pairs of base and seed")
+    axes[0, 0].plot([], [], "s", color=COLORS[1], ms=4, label="mean of one base")
+    figure.legend(loc="outside lower center", ncols=2)
     save_figure(path, figure)
 
 
@@ -415,7 +472,7 @@ def over_all_bases(rows: list[dict]) -> str:
     means = []
     for regime in different(rows, "regime"):
         mine = where(rows, regime=regime)
-        means += base_means(differences(mine, "egrsd", "rlsd", "accuracy"))
+        means += base_means(gate_by_base(mine))
     text = plus_minus(*interval(means))
     return f"egrsd − rlsd over all {len(means)} bases of all regimes, each once: {text} points.\n"
 
@@ -429,7 +486,7 @@ def draw_by_teacher(path: Path, rows: list[dict]) -> None:
         name, _, changed = regime.partition(":")
         for base in different(where(rows, regime=regime), "base"):
             mine = where(rows, regime=regime, base=base)
-            pairs = all_pairs(differences(mine, "egrsd", "rlsd", "accuracy"))
+            pairs = all_pairs(gate_by_base(mine))
             teacher = column(where(mine, arm="teacher"), "accuracy")
             if teacher and len(pairs) > 1:
                 group = f"{name}, one property changed" if changed else name
@@ -479,7 +536,8 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
         sampled = [row for row in learning if row["arm"] in METHODS and row["arm"] != "sft"]
         draw_curves(results / f"curves-{regime}.png", sampled, regime)
     if properties_of(test):
-        fill(page, "properties", f"{properties_table(test)}\n{over_all_bases(test)}")
+        tables = (properties_table(test), slopes_table(test), over_all_bases(test))
+        fill(page, "properties", "\n".join(tables))
         draw_properties(results / "properties.png", test)
     if where(test, arm="teacher"):
         draw_by_teacher(results / "by-teacher.png", test)
