@@ -40,6 +40,7 @@ import sys
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -68,6 +69,7 @@ from support.comparison import exposure
 from support.shared import data, models, processes
 from support.shared.console import fail
 from support.shared.options import check_rules, opt
+from support.training import run_folder
 from support.training.check_data import check_data
 
 # --------------------------------------------------------------------------------------------------
@@ -140,10 +142,13 @@ def parse_comparison(argv: list[str]) -> ComparisonSettings:
     first.add_argument("--control", default="none")
     first.add_argument("--preset", default=Settings.preset)
     first.add_argument("--resume", action="store_true")
+    first.add_argument("--out", default="")
     seen = first.parse_known_args(argv)[0]
     name = seen.method if seen.control == "none" else f"{seen.method}-{seen.control}"
-    defaults = ["--out", f"runs/{seen.preset}-{name}"]
-    if not seen.resume:  # then all is the run's own
+    out = seen.out or f"runs/{seen.preset}-{name}"
+    defaults = ["--out", out]
+    goes_on = seen.resume and run_folder.was_begun(Path(out))
+    if not goes_on:  # else all is the run's own
         defaults += METHOD_OPTIONS.get(seen.method, [])
     s = parse_settings([*defaults, *argv], ComparisonSettings, "baselines.py", __doc__)
     check_rules(rules_of(s), fail)
@@ -202,6 +207,10 @@ def rules_of(s: ComparisonSettings) -> list[tuple[object, str]]:
         (
             s.exposure != -1 and s.method != "atesd",
             "--exposure is for --method atesd",
+        ),
+        (
+            s.method not in DISTILLED and (s.divergence != "forward" or s.kl_clamp),
+            f"--divergence and --kl_clamp are for {', '.join(DISTILLED)}",
         ),
         (
             not 0 < s.jsd_beta < 1 or s.kl_clamp < 0,

@@ -181,7 +181,7 @@ class Settings:
 # change rounding alone; another engine also draws other completions from the same seed.
 FREE_ON_RESUME = (
     "out resume overwrite steps save_every wandb rank_timeout attn gradient_checkpointing shard "
-    "threads micro_batch_tokens head_chunk engine rollout_tp check_data"
+    "threads micro_batch_tokens head_chunk engine rollout_tp check_data trust_remote_code"
 ).split()
 
 
@@ -198,18 +198,20 @@ def parse_settings(
     # defaults of the second time, so that an option on the command line always wins.
     first = parser.parse_args(argv)
     out = first.out or f"runs/{first.preset}"
-    run = {}
+    saved = {}
     if first.resume:
-        run = run_folder.saved_settings(Path(out), vars(first), FREE_ON_RESUME)
+        saved = run_folder.saved_settings(Path(out), vars(kind()), FREE_ON_RESUME)
     parser.set_defaults(**PRESETS[first.preset])
-    parser.set_defaults(**run)
-    # These hold for one start: they are not taken over from the run that goes on.
+    parser.set_defaults(**saved)
+    # These hold for one start: they are not taken over from the run that goes on. No folder may
+    # say that its model's code is to be trusted.
     parser.set_defaults(resume=False, overwrite=False, check_data=False, wandb="")
+    parser.set_defaults(trust_remote_code=False)
     given = parser.parse_args(argv)
     given.out = out
     fixed = {}
     if run_folder.latest_checkpoint(Path(out)):
-        fixed = {name: value for name, value in run.items() if name not in FREE_ON_RESUME}
+        fixed = {name: value for name, value in saved.items() if name not in FREE_ON_RESUME}
     sentence = rules.find_broken_rule(given, fixed, world=processes.rank_and_world()[1])
     if sentence:
         parser.error(sentence)
@@ -343,10 +345,10 @@ def start_colocated_vllm(
         s.lora_r,
         trust_remote_code=s.trust_remote_code,
         max_num_seqs=s.batch_size,
-        max_num_batched_tokens=max(8_192, s.batch_size),  # vLLM's own number depends on the GPU
+        max_num_batched_tokens=max(8_192, s.batch_size),  # ours; vLLM's own depends on the GPU
         lora_target_modules=models.layer_names(s.lora_targets),  # else it wraps the head too
         kv_cache_memory_bytes=cache,
-        gpu_memory_utilization=0.05,  # the line above decides; this share must be free at the start
+        gpu_memory_utilization=0.05,  # ours: the line above decides, and so much must be free
     )
     from vllm.lora.request import LoRARequest
 
@@ -367,19 +369,27 @@ def start_colocated_vllm(
 
 
 def cache_tokens(s: Settings, tp: int) -> int:
-    """Room in one engine's cache: for its rollouts of a step and as much again for their prompts,
-    or for one sequence of full length. No more, since training needs the memory."""
+    """Tokens that one vLLM engine's cache has room for.
+
+    Its rollouts of a step and as much again for their prompts, or one sequence of full length. No
+    more, since training needs the memory.
+    """
     world = processes.rank_and_world()[1]
     in_flight = s.batch_size * tp // world * 2 * s.max_completion
     return max(s.max_length, in_flight)
 
 
+EVALUATED_AT_ONCE = 256  # ours: problems, over all ranks; the bar moves after each batch
+PROMPT = 256  # ours: tokens of a prompt, where memory is estimated before any is known
+
+
 def generate_tokens(s: Settings) -> int:
-    """Likewise the cache of transformers' generate, while it rolls out or evaluates."""
-    world = processes.rank_and_world()[1]
-    rows = max(s.batch_size, EVALUATED_AT_ONCE if s.eval_data else 0) // world
-    prompt = 256  # ours
-    return min(rows, engines.AT_ONCE) * (prompt + s.max_completion)
+    """Tokens in the cache of transformers' generate, while it rolls out or evaluates."""
+    most = s.batch_size
+    if s.eval_data:
+        most = max(most, EVALUATED_AT_ONCE)
+    rows = math.ceil(most / processes.rank_and_world()[1])  # of one rank
+    return min(rows, engines.AT_ONCE) * (PROMPT + s.max_completion)
 
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as the largest rank
@@ -393,6 +403,9 @@ def start_vllm(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what we ask for
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its authors
+    # FlashInfer's sampler knows no seeds, so that no request of ours would use it; its compilation
+    # at the start needs nvcc.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if not on_gpu:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes longer than it saves
     from vllm import LLM
@@ -453,6 +466,7 @@ def vllm_generate(
         tokens = {"prompt_token_ids": prompt}
         engine.add_request(str(index), tokens, sampling, lora_request=lora)
     while engine.has_unfinished_requests():
+        processes.note_progress()
         for done in engine.step():
             ids = list(done.outputs[0].token_ids)
             logps = [at[i].logprob for at, i in zip(done.outputs[0].logprobs, ids)]
@@ -612,6 +626,7 @@ def completion_hidden(model, rollouts: list[dict], prompts: str) -> tuple[Tensor
     `prompts` is the key of the prompt ids: "prompt_ids" is what the student sees,
     "teacher_prompt_ids" what the teacher sees. Prompts and pads never reach the head.
     """
+    processes.note_progress()
     device = models.head_of(model).device
     sequences = [torch.tensor(r[prompts] + r["completion_ids"]) for r in rollouts]
     ids = pad_sequence(sequences, batch_first=True).to(device)  # (B, L)
@@ -629,7 +644,8 @@ def completion_hidden(model, rollouts: list[dict], prompts: str) -> tuple[Tensor
 def micro_batches(rollouts: list[dict], prompts: str, budget: int) -> list[list[dict]]:
     """Consecutive groups of at most `budget` padded tokens, but for a single longer row.
 
-    As many on each rank, since the ranks of a sharded base go through its layers together.
+    Every rank makes the same number of groups: the ranks of a sharded base gather each layer
+    together, so that one with fewer groups would leave the others waiting.
     """
     groups = []
     width = 0  # of the group's longest row
@@ -880,9 +896,10 @@ def gate_of_step(H: Tensor, lengths: Tensor, gamma: float, W: int) -> Tensor:
 
     One maximum for the whole step, over all ranks and micro-batches [D2].
     """
-    H_max = processes.reduce_(H.nan_to_num(math.inf, math.inf).max(), "MAX")  # ()
+    # NaN counts as infinite: a maximum over ranks may lose a NaN, and all ranks must stop together.
+    H_max = processes.reduce_(H.nan_to_num(nan=math.inf, posinf=math.inf).max(), "MAX")  # ()
     if not H_max.isfinite():
-        return torch.full_like(H, math.nan)  # on every rank: train() sees a loss of NaN, and stops
+        return torch.full_like(H, math.nan)  # train() sees a loss of NaN, and stops
     H_rows = pad_sequence(H.split(lengths.tolist()), batch_first=True)  # (B, T)
     mask = torch.arange(H_rows.shape[1], device=H.device) < lengths[:, None]  # (B, T)
     return confidence_gate(H_rows, mask, gamma, W, H_max)[mask]
@@ -964,7 +981,7 @@ def accumulate_gradient(
 
 
 # --------------------------------------------------------------------------------------------------
-# Training: set up, Algorithm 1 step by step, finish
+# Training: the loop; below it what comes before it (load_run, set_up) and after it (finish)
 
 
 def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | None = None) -> None:
@@ -1024,7 +1041,7 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
         journal.record_step(run.journal, row, rollouts, redraw=last)
         if save:
             save_run(run, step + 1, s)
-        if halt:
+        if halt and (step + 1 < s.steps or run.held_out):  # else there is but a summary to write
             console.say(f"stopped and saved after step {step}: --resume --out {s.out} goes on")
             return
     finish(run, s)
@@ -1033,7 +1050,7 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
 def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace:
     """The run folder, data, model, optimizer and statistics, as its last checkpoint left them.
 
-    All that the loop needs; the last three lines are from set_up():
+    All that the loop needs; set_up() adds the last two lines:
         problems, held_out    rows of --data and --eval_data
         tokenizer, eos_ids    and the token ids that end a completion
         model, optimizer      base with adapter; AdamW
@@ -1068,12 +1085,15 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace:
 
     base = models.load_base(s.model, run.device, s.attn, s.trust_remote_code, s.shard)
     run.eos_ids = engines.end_tokens(base, run.tokenizer)
+    if not run.eos_ids:
+        console.fail(f"--model {s.model} has no end token (eos_token_id in generation_config.json)")
     rows = {"--data": run.problems, "--eval_data": run.held_out}
     run.fingerprints = run_folder.fingerprints(rows, s.model)
+    run_folder.compare_fingerprints(run.fingerprints)
     run.model = add_adapter(base, s)
     run.optimizer = torch.optim.AdamW(
         trainable(run.model).values(), lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0
-    )  # [D11]
+    )  # betas: Table A1; constant rate, no decay [D11]; eps is torch's
     run.stats = RewardStats()
     run.roll_out = roll_out
     run.accumulate_gradient = accumulate_gradient
@@ -1110,8 +1130,8 @@ def restore(run: SimpleNamespace) -> None:
 
 def is_finished(run: SimpleNamespace, s: Settings) -> bool:
     """Whether nothing is left to do, which it then says."""
-    evaluated = not run.held_out or run.summary.get("steps") == run.start
-    if run.checkpoint is None or run.start < s.steps or not evaluated:
+    summed_up = run.summary.get("steps") == run.start  # which comes last
+    if run.checkpoint is None or run.start < s.steps or not summed_up:
         return False
     console.say(
         f"{run.out} is finished, with {run.start} steps. --steps N goes further, another --out "
@@ -1123,7 +1143,7 @@ def is_finished(run: SimpleNamespace, s: Settings) -> bool:
 def set_up(run: SimpleNamespace, s: Settings) -> None:
     """Start the engine, show what it will do, evaluate before.
 
-    An earlier run in --out is deleted only after all that may fail has succeeded.
+    An earlier run in --out is deleted only once this one has its data, model and engine.
     """
     settings = dataclasses.asdict(s)
     engine, why = engines.choose_engine(s.engine, run.device)
@@ -1138,7 +1158,8 @@ def set_up(run: SimpleNamespace, s: Settings) -> None:
     processes.enter("engine start")
     run.sample, run.push = start_engine(s, run.model, run.eos_ids, run.device, engine, tp)
     if engine == "vllm":
-        probe(run, batch[: max(8, processes.rank_and_world()[1])], s)
+        enough = max(8, processes.rank_and_world()[1])  # ours: for a mean, and one for each rank
+        probe(run, batch[:enough], s)
 
     # From here on the run that was there may be deleted: this one has its engine.
     rows = run_folder.clear_run(run.out, run.checkpoint, run.start, files)
@@ -1153,15 +1174,25 @@ def set_up(run: SimpleNamespace, s: Settings) -> None:
 def estimate_memory(s: Settings, device: torch.device) -> dict[str, float]:
     """GiB of one process, from the model's configuration; exits if its GPU has less free."""
     skeleton = models.load_skeleton(s.model, s.trust_remote_code)
+    context = getattr(skeleton.config, "max_position_embeddings", math.inf)
+    if s.max_length > context:
+        console.fail(f"--max_length {s.max_length}: --model {s.model} reads {context} tokens")
     tp = 0
     if engines.choose_engine(s.engine, device)[0] == "vllm":
         tp = engines.tensor_parallel(s.rollout_tp, skeleton.config)
-    targets = models.layer_names(s.lora_targets)
-    tokens = cache_tokens(s, max(tp, 1))
     here = processes.ranks_here()
-    tile = VOCAB_TILE[device.type]
-    work = tp, tokens, tile, here, s.max_completion, generate_tokens(s)
-    estimate = sizes.estimator(skeleton, device, targets, s.lora_r, *work)
+    estimate = sizes.estimator(
+        skeleton,
+        device,
+        models.layer_names(s.lora_targets),
+        s.lora_r,
+        engine_tp=tp,
+        cache_tokens=cache_tokens(s, max(tp, 1)),
+        tile=VOCAB_TILE[device.type],
+        gpus=here,
+        longest=PROMPT + s.max_completion,
+        generate_tokens=generate_tokens(s),
+    )
     chosen = s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk, s.shard
     return opening.check_memory(estimate, *chosen, opening.free_memory(device), here)
 
@@ -1184,12 +1215,9 @@ def load_held_out(tokenizer, columns: dict[str, str], s: Settings) -> list[dict]
     return rows
 
 
-EVALUATED_AT_ONCE = 256  # ours: problems, over all ranks; the bar moves after each batch
-
-
 def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
     """Accuracy in % and mean length in tokens on held-out rows: a sample each, T 1, top-p 0.95."""
-    sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 0}  # section 5.1, which names no top-k
     rows = run.held_out
     right = 0
     tokens = 0
@@ -1236,7 +1264,7 @@ def stop_not_finite(
     mine: list[dict] | None = None,
     tokens: dict[str, Tensor] | None = None,
 ) -> None:
-    """Name what is not finite, on which rank, in which rollouts; save the state before, and end."""
+    """Name what is not finite, on which rank, in which rollouts; save the state before. Exits."""
 
     def values(r: dict) -> list[Tensor]:
         hidden, _ = completion_hidden(run.model, [r], "prompt_ids")

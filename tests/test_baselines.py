@@ -417,6 +417,27 @@ def test_shuffled_deals_the_gates_values_over_the_step(rollouts, tokenizer) -> N
 # --- Micro-batches, chunks, order and processes change nothing ------------------------------------
 
 
+def test_resume_where_nothing_was_begun_keeps_the_methods_own_options(tmp_path) -> None:
+    s = settings_of("--method", "crisp", "--resume", "--out", tmp_path / "run")
+    assert (s.divergence, s.teacher, s.teacher_every) == ("reverse", "copy", 50)
+    s = settings_of("--method", "rlsd", "--resume", "--out", tmp_path / "run")
+    assert (s.gamma, s.W) == (0, 0)
+
+
+def test_atesd_learns_once_from_a_step_that_is_done_again() -> None:
+    controller = exposure.new_controller(0)
+    means = {"loss": 1.0, "mismatch": 0.5, "confidence": 0.5, "teacher": -0.1, "probe": 1.0}
+    for step in range(5):
+        exposure.choose(controller, 0, step)
+        exposure.learn(controller, means, step)
+    once = {name: value.clone() for name, value in controller.items()}
+    exposure.learn(controller, {**means, "loss": 9.0}, 4)
+    for name, value in once.items():
+        torch.testing.assert_close(controller[name], value, rtol=0, atol=0, equal_nan=True)
+    exposure.learn(controller, {**means, "loss": 9.0}, 5)
+    assert not torch.equal(controller["exposure/losses"], once["exposure/losses"])
+
+
 @pytest.mark.parametrize("options", METHODS, ids=str)
 def test_micro_batches_chunks_and_order_change_nothing(rollouts, tokenizer, options) -> None:
     run, s = begin(tokenizer, *options)
@@ -528,6 +549,7 @@ def test_a_copy_is_of_the_student_before_each_kth_step(tokenizer, every) -> None
         ("--method egrsd --rlsd_lambda 0.5", "rlsd_lambda is for --method rlsd"),
         ("--method opsd --gamma_schedule up", "opsd has no gamma"),
         ("--method opsd --divergence jsd --jsd_beta 1", "jsd_beta must be between 0 and 1"),
+        ("--method rlsd --divergence reverse", "are for opsd, crisp, atesd"),
         ("--teacher copy --teacher_every 0", "teacher_every at least 1"),
         ("--method crisp --concise_prompt {problem}{solution}", "must hold {problem} and not"),
     ],

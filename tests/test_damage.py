@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import TINY
+from helpers import CPU, TINY
+from safetensors.torch import load_file, save_file
 
 import egrsd
+from baselines import parse_comparison
 from support.evaluation import benchmarks
 from support.shared import adapters
 from support.shared.files import read_json
-from support.shared.models import load_skeleton
+from support.shared.models import load_base, load_skeleton
 from support.training import run_folder
 
 
@@ -54,6 +56,54 @@ def test_a_resume_with_other_data_model_or_tokenizer_is_refused(name, told, tmp_
         (folder / name).write_bytes(content)
     with pytest.raises(SystemExit, match=f"{told} changed since .* new run in another --out"):
         run_folder.check_fingerprints(tmp_path, run_folder.fingerprints(rows, str(folder)))
+
+
+@pytest.mark.parametrize("how", ["missing", "another shape", "cut"])
+def test_a_model_without_some_of_its_weights_is_refused(how, tmp_path) -> None:
+    folder = model_copy(tmp_path)
+    path = folder / "model.safetensors"
+    name = "model.layers.1.self_attn.q_proj.weight"
+    weights = load_file(path)
+    whole = weights.pop(name)
+    if how == "another shape":
+        weights[name] = whole[:-1].clone()
+    save_file(weights, path, {"format": "pt"})
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:5_000])
+    with pytest.raises(SystemExit, match=name if how == "missing" else "--model"):
+        load_base(str(folder), CPU)
+
+
+def test_a_run_goes_on_with_its_own_method_and_with_no_trust_of_its_folders(run) -> None:
+    goes_on = ["--resume", "--out", str(run)]
+    assert parse_comparison(goes_on).method == "egrsd"
+    for option in (["--method", "opsd"], ["--control", "inverted"]):
+        with pytest.raises(SystemExit):
+            parse_comparison([*goes_on, *option])
+    settings = read_json(run / "settings.json")
+    (run / "settings.json").write_text(json.dumps({**settings, "trust_remote_code": True}))
+    assert not egrsd.parse_settings(goes_on).trust_remote_code
+    assert egrsd.parse_settings([*goes_on, "--trust_remote_code"]).trust_remote_code
+
+
+def test_a_folder_in_a_checkpoint_is_no_damage(run) -> None:
+    (run / "step_6" / ".cache").mkdir()
+    assert run_folder.find_damage(run / "step_6") == ""
+
+
+def test_ranks_that_see_another_checkpoint_or_other_data_are_refused(run, monkeypatch) -> None:
+    checkpoint = run / "step_6"
+    views = []
+    monkeypatch.setattr(run_folder, "gather", lambda mine: views or mine)
+    run_folder.compare_ranks(run, checkpoint, {})
+    monkeypatch.setattr(run_folder, "gather", lambda mine: [*views, *mine])
+    views.append(("step_6 (12345678)", {}))  # of the same name
+    with pytest.raises(SystemExit, match=r"rank 0 sees step_6 \(12345678\).*rank 1 step_6 \("):
+        run_folder.compare_ranks(run, checkpoint, {})
+    views[:] = [{"its weights": "a"}]
+    run_folder.compare_fingerprints({"its weights": "a"})
+    with pytest.raises(SystemExit, match="rank 1 has not what rank 0 has: its weights"):
+        run_folder.compare_fingerprints({"its weights": "b"})
 
 
 def test_an_old_checkpoint_without_fingerprints_goes_on_and_says_so(run, capsys) -> None:

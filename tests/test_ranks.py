@@ -1,5 +1,6 @@
 """A rank that dies or hangs is named and ends all; torchrun's end is theirs; NaN on one rank."""
 
+import json
 import math
 import os
 import re
@@ -38,7 +39,7 @@ with processes.ending_together():
     processes.start_processes(rank_timeout=5)
     processes.enter({phase!r})
     time.sleep(1.5)
-    if os.environ["RANK"] == "1":
+    if os.environ["RANK"] in {ranks!r}:
         {fault}
     processes.barrier()
     print("all came")
@@ -70,7 +71,7 @@ SLOW = "time.sleep(8)"
 )
 def test_who_dies_or_hangs_is_named_with_its_phase(fault, phase, message, tmp_path) -> None:
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(ROOT), phase=phase, fault=fault))
+    script.write_text(RANKS.format(root=str(ROOT), phase=phase, fault=fault, ranks="1"))
     began = time.monotonic()
     env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}  # then SIGKILL for who is stopped
     output = run(str(script), nproc=2, code=int(fault != SLOW), **env)
@@ -80,9 +81,59 @@ def test_who_dies_or_hangs_is_named_with_its_phase(fault, phase, message, tmp_pa
     assert time.monotonic() - began < 60
 
 
+def test_ranks_that_all_hang_where_no_collective_of_ours_is_end(tmp_path) -> None:
+    script = tmp_path / "ranks.py"
+    hang = "processes.GRACE = 1; time.sleep(100)"
+    script.write_text(RANKS.format(root=str(ROOT), phase="rollout", fault=hang, ranks="01"))
+    began = time.monotonic()
+    output = run(str(script), nproc=2, code=1)
+    found = re.findall("rank ([01]) has not moved for ([0-9]+) s in the phase 'rollout'", output)
+    assert len(found) == 1 and found[0][0] == "1" and 5 < int(found[0][1]) < 12, output
+    assert time.monotonic() - began < 40
+
+
+def test_a_phase_that_moves_is_no_hang(monkeypatch) -> None:
+    state = {"phase": "rollout", "still": 20.5, "ended": None, "machine": "elsewhere", "pid": 0}
+    assert "has not moved for 20 s" in processes.find_fault(state, 0.0, 0.0, 10.0)
+    assert processes.find_fault({**state, "still": 19.0}, 0.0, 0.0, 10.0) == ""
+    assert processes.find_fault(state, 0.0, 0.0, 0) == ""
+    assert processes.find_fault({**state, "phase": "loading"}, 0.0, 0.0, 10.0) == ""
+    monkeypatch.setenv("LOCAL_RANK", "1")  # rank 0 says it
+    assert processes.find_fault(state, 0.0, 0.0, 10.0) == ""
+
+    # What this rank says of itself while it draws tokens, and when it has stopped.
+    told = []
+    monkeypatch.setattr(processes, "rank_and_world", lambda: (0, 1))
+    monkeypatch.setattr(processes, "read_states", lambda store, ranks: {})
+    monkeypatch.setattr(processes.time, "monotonic", lambda: float(len(told)))
+    monkeypatch.setattr(processes._parted, "is_set", lambda: len(told) == 9)
+    moving = lambda seconds: len(told) < 5 and processes.note_progress()  # noqa: E731
+    monkeypatch.setattr(processes._parted, "wait", moving)
+    store = SimpleNamespace(set=lambda rank, text: told.append(json.loads(text)["still"]))
+    processes.watch(store, 5.0)
+    assert told == [0, 0, 0, 0, 0, 1, 2, 3, 4, 5]
+
+
+def test_a_rank_of_another_machine_is_not_looked_up_here(monkeypatch) -> None:
+    here = processes.this_machine()
+    monkeypatch.setitem(processes._here, "machine", here)
+    state = {"phase": "rollout", "still": 0.0, "ended": None, "machine": here, "pid": 1 << 30}
+    assert "died" in processes.find_fault(state, 0.0, 0.0, 10.0)
+    assert processes.find_fault({**state, "machine": "node2 " + here}, 0.0, 0.0, 10.0) == ""
+    killed = []
+    monkeypatch.setattr(processes.os, "kill", lambda pid, number: killed.append(pid))
+    processes.end_here({**state, "machine": "node2"})
+    assert not killed
+
+
+def test_a_wrong_option_ends_with_status_2_on_any_rank() -> None:
+    output = run("--gama", 1, code=2, RANK="1", WORLD_SIZE="2")
+    assert "unrecognized arguments" in output and not re.search("^2$", output, re.MULTILINE)
+
+
 def test_a_laptop_that_slept_and_a_rank_that_left_raise_no_alarm(monkeypatch) -> None:
     here = {"phase": "rollout", "came": 3, "waits": False, "ended": None}
-    state = {**here, "pid": os.getpid(), "machine": "elsewhere"}
+    state = {**here, "pid": os.getpid(), "machine": "elsewhere", "still": 0.0}
     assert processes.find_fault(state, 9.0, 0.0, 10.0) == ""
     assert "no sign of life for 11 s" in processes.find_fault(state, 11.0, 0.0, 10.0)
     assert processes.find_fault(state, 11.0, 11.0, 0) == ""  # no limit
@@ -174,6 +225,7 @@ def test_nan_on_one_rank_of_two_names_the_rank_and_saves_the_state_before(kind, 
         ("reward", math.inf),
         ("statistics", math.nan),
         ("exp_avg_sq", math.inf),
+        ("optimizer's step", math.nan),
         ("adapter while saving", math.nan),
         ("teacher's hidden states", math.nan),
     ],

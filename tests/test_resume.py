@@ -29,10 +29,12 @@ from helpers import (
 )
 
 import egrsd
+from baselines import parse_comparison
 from egrsd import (
     RewardStats,
 )
 from support.shared import models
+from support.shared.files import read_json
 from support.training import journal, run_folder
 
 STEPS = ("--steps", 6, "--save_every", 2)
@@ -373,6 +375,24 @@ def test_a_canary_that_is_nan_stops_the_run_too(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(egrsd.processes, "stop_on_signals", lambda: [])
     with pytest.raises(SystemExit, match="it runs other weights"):
         egrsd.train(tiny_settings(*SMALL[2:], "--steps", 2, "--out", tmp_path / "run"))
+
+
+def test_a_run_that_is_stopped_in_its_last_step_is_summed_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(egrsd.processes, "stop_on_signals", lambda: [0.0])  # one has come
+    out = tmp_path / "run"
+    egrsd.train(tiny_settings(*SMALL[2:], "--steps", 1, "--out", out))
+    assert read_json(out / "summary.json")["steps"] == 1
+    (out / "summary.json").unlink()  # as after a kill
+    egrsd.train(tiny_settings(*SMALL[2:], "--steps", 1, "--out", out, "--resume"))
+    assert read_json(out / "summary.json")["steps"] == 1
+
+
+def test_a_run_of_another_program_is_not_resumed(tmp_path) -> None:
+    settings = {**dataclasses.asdict(tiny_settings()), "method": "opsd"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match="another program.*no setting .method."):
+        egrsd.parse_settings(["--resume", "--out", str(tmp_path)])
+    assert parse_comparison(["--resume", "--out", str(tmp_path)]).method == "opsd"
 
 
 def test_nan_stops_the_run_names_the_culprits_and_saves_the_state(tmp_path) -> None:

@@ -108,6 +108,15 @@ def test_bad_models_end_with_a_sentence(tmp_path) -> None:
             egrsd.add_adapter(base_of(s), s)
 
 
+def test_a_model_that_reads_too_little_or_does_not_end_is_refused(tmp_path, monkeypatch) -> None:
+    too_long = tiny_settings("--max_length", 100_000, "--out", tmp_path / "run")
+    with pytest.raises(SystemExit, match="--max_length 100000: --model .* reads [0-9]+ tokens"):
+        egrsd.estimate_memory(too_long, CPU)
+    monkeypatch.setattr(egrsd.engines, "end_tokens", lambda model, tokenizer: [])
+    with pytest.raises(SystemExit, match="no end token"):
+        egrsd.load_run(tiny_settings("--eval_data=", "--out", tmp_path / "run"))
+
+
 def test_a_head_that_is_not_a_plain_product_is_refused() -> None:
     from transformers import (
         Gemma2Config,

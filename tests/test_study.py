@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_differences_are_paired_by_base_and_seed_and_bases_are_counted_once() ->
     line = next(text for text in table.splitlines() if "egrsd − rlsd" in text)
     pairs = [4.0, 2.0, 1.0]
     half = 4.303 * statistics.stdev(pairs) / math.sqrt(3)
-    assert f"| 3 | +2.3 ± {half:.1f} |" in line and "| +3.0, +1.0 |" in line
+    assert f"| 3 | +2.3 ± {half:.1f} |" in line and "| +3.0 ± 12.7, +1.0 |" in line
     assert "± 12.7 " in line  # over two bases: t = 12.71 times sd / sqrt(2) = 1
     assert "shuffled" not in table  # nothing is said of what was not run
 
@@ -68,7 +69,12 @@ def test_the_rate_is_chosen_on_validation_problems_alone_and_only_when_all_are_t
     for lr, accuracy in zip(study.RATES, (50, 70, 60)):
         rows.append(row("rlsd", "0", "0", accuracy, lr=lr, split="validation"))
     rows.append(row("rlsd", "0", "0", 99, lr=study.RATES[0]))
+    rows.append(row("rlsd", "0", "1", 90, lr=study.RATES[0], split="validation"))  # seed 1
     assert study.choose_rates(rows) == {("h1", "rlsd"): study.RATES[1]}
+    equal = [{**r, "accuracy": "50"} for r in rows]
+    assert study.choose_rates(equal[::-1]) == {("h1", "rlsd"): study.RATES[0]}
+    assert study.at_chosen_rates(rows, study.choose_rates(rows)) == rows[:3]
+    rows = rows[:4]
     assert study.choose_rates(rows[1:]) == {}
     # What ran at another rate before is in the CSV, and not on the page.
     rows.append(row("egrsd", "0", "0", 99, lr=study.RATES[1]))
@@ -154,6 +160,18 @@ def test_the_processes_of_a_killed_study_end_with_it(tmp_path) -> None:
     parent.kill()
     parent.wait()
     wait_for(lambda: not worker.exists())
+
+
+def test_a_run_that_fails_and_a_process_that_is_killed_end_the_study(tmp_path) -> None:
+    (tmp_path / "bases").mkdir()
+    ends = {"raise RuntimeError('CUDA error')": "CUDA error", "os.kill(os.getpid(), 9)": "is gone"}
+    for what, sentence in ends.items():
+        script = tmp_path / "a_study.py"
+        study_of_one = A_STUDY.replace("ROOT", repr(str(ROOT)))
+        script.write_text(study_of_one.replace("time.sleep(100)", what))
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+        assert done.returncode and sentence in done.stdout + done.stderr
+        shutil.rmtree(tmp_path / "results")
 
 
 def wait_for(true: Callable[[], object]) -> None:

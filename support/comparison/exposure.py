@@ -91,6 +91,7 @@ def new_controller(seed: int) -> dict[str, Tensor]:
     controller["exposure/rewards"] = torch.zeros(2)  # running mean, mean of squares
     controller["exposure/choices"] = torch.zeros(())  # rewarded so far
     controller["exposure/step"] = torch.tensor(-1)  # of the last choice
+    controller["exposure/learned"] = torch.tensor(-1)  # the last step whose means were noted
     return controller
 
 
@@ -129,6 +130,9 @@ def learn(controller: dict[str, Tensor], means: dict[str, float], step: int) -> 
     """
     if not all(map(math.isfinite, means.values())):
         return  # the run is about to stop
+    if controller["exposure/learned"] == step:
+        return  # it is done again: the run had stopped in it, and was saved
+    controller["exposure/learned"].fill_(step)
     seen = controller["exposure/means"]
     means = {"alpha": controller["exposure/alpha"].item(), **means}
     for number, name in enumerate(MEANS):

@@ -1,9 +1,10 @@
 """Tables and figures of the study, from its CSV files alone.
 
 Seeds are nested in bases: two runs on one base share what that base happens to be. So each
-difference is paired by (base, seed), and is given twice: with the spread over these pairs, which
-tells what would happen with more seeds on these bases, and with the spread over the bases' own
-means, which tells what would happen on another base. All intervals are 95 %, by Student's t.
+difference is paired by (base, seed), and is given three times: for each base with the spread over
+its seeds; with the spread over all pairs, as if none shared anything, so that it mixes seeds and
+bases; and with the spread over the bases' own means, which tells what would happen on another base.
+All intervals are 95 %, by Student's t.
 """
 
 import math
@@ -21,22 +22,23 @@ T_95 = (
     2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 
-QUESTIONS = (  # question, arm, minus arm
+QUESTIONS = (  # question († added after results), arm, minus arm
     ("Does the ratio help?", "rlsd", "reward"),
-    ("... at the same rate?", "rlsd", "reward-1e-3"),
-    ("... after 100 steps?", "long-rlsd", "long-reward"),
+    ("... at the same rate? †", "rlsd", "reward-1e-3"),
+    ("... after 100 steps? †", "long-rlsd", "long-reward"),
     ("Does the gate help?", "egrsd", "rlsd"),
-    ("... after 100 steps?", "long-egrsd", "long-rlsd"),
-    ("... at three times the rate?", "egrsd-3e-3", "rlsd-3e-3"),
+    ("... after 100 steps? †", "long-egrsd", "long-rlsd"),
+    ("... at three times the rate? †", "egrsd-3e-3", "rlsd-3e-3"),
     ("", "cl-egrsd-3e-3", "rlsd-3e-3"),
-    ("... knowing where?", "egrsd-3e-3", "shuffled-3e-3"),
-    ("... at its own rate?", "egrsd-3e-3", "rlsd"),
+    ("... knowing where? †", "egrsd-3e-3", "shuffled-3e-3"),
+    ("... at its own rate? †", "egrsd-3e-3", "rlsd"),
     ("Does it know where?", "egrsd", "shuffled"),
     ("", "shuffled", "rlsd"),
     ("", "inverted", "rlsd"),
     ("Through which term?", "egrsd", "evidence"),
     ("", "evidence", "rlsd"),
     ("Does the lookahead help?", "cl-egrsd", "egrsd"),
+    ("", "cl-egrsd", "rlsd"),
     ("Whose entropy?", "student-entropy", "egrsd"),
     ("Should the teacher follow?", "ema", "egrsd"),
     ("", "copy-8", "egrsd"),
@@ -46,6 +48,9 @@ QUESTIONS = (  # question, arm, minus arm
     ("Groups or history?", "grpo", "reward"),
     ("Full distillation?", "opsd", "rlsd"),
     ("", "opsd-reverse", "opsd"),
+    ("... in reverse? †", "opsd-reverse", "rlsd"),
+    ("... without a reference? †", "crisp", "rlsd"),
+    ("References alone? †", "sft", "rlsd"),
     ("How much of the reference?", "atesd", "opsd"),
     ("", "atesd-half", "opsd"),
 )
@@ -65,7 +70,7 @@ UNCHANGED = {  # the properties' values in regime h2, as tiny/make.py has them
 }
 MEANING = {  # of a higher value
     "p_reference_hard": "noisier reference",
-    "p_hard_low": "sparser reward",
+    "p_hard_low": "surer wrong habits",
     "p_stop": "shorter runs of filler",
     "p_filler": "more runs of filler",
     "p_style": "stronger leak of style",
@@ -154,6 +159,11 @@ def base_means(found: dict[str, list[float]]) -> list[float]:
     return [statistics.fmean(values) for values in found.values()]
 
 
+def each_base(found: dict[str, list[float]], sign: str = "+") -> str:
+    """Mean and interval of each base over its seeds."""
+    return ", ".join(plus_minus(*interval(values), sign) for values in found.values())
+
+
 def all_pairs(found: dict[str, list[float]]) -> list[float]:
     return sum(found.values(), [])
 
@@ -187,22 +197,22 @@ def listed(values: list[float], sign: str = "+") -> str:
 
 
 def arms_table(rows: list[dict], curves: list[dict]) -> str:
-    """Each arm's accuracy and length over all its runs, best first; and of its last ten steps of
-    training how it carried out operations, see study.operations_of."""
+    """Each arm's accuracy, over bases and of each, and length, best first; and of its last ten
+    steps of training how it carried out operations, see study.operations_of."""
     last = {}
     for row in curves:
         last[row["arm"], row["base"], row["seed"]] = row
     lines = []
     for arm in different(rows, "arm"):
         mine = where(rows, arm=arm)
-        mean, half = interval(column(mine, "accuracy"))
         bases = {}
         for row in mine:
             bases.setdefault(row["base"], []).append(float(row["accuracy"]))
         lr = mine[0]["lr"] if mine[0]["lr"] != "0" else ""
         tokens = statistics.fmean(column(mine, "length"))
+        mean, half = interval(base_means(bases))
         text = f"| {arm} | {lr} | {len(mine)} | {plus_minus(mean, half, '')} "
-        text += f"| {listed(base_means(bases), '')} | {tokens:.1f} "
+        text += f"| {each_base(bases, '')} | {tokens:.1f} "
         ends = [last.get((arm, row["base"], row["seed"]), {}) for row in mine]
         text += f"| {mean_of(ends, 'checks', 1, 2)} "
         text += f"| {mean_of(ends, 'slips', 100, 1)} | {mean_of(ends, 'left', 100, 1)} |\n"
@@ -237,7 +247,8 @@ def is_sweep(arm: str) -> bool:
 
 
 def sweep_table(rows: list[dict]) -> str:
-    """Each gamma and W beside no gate, on the bases and seeds that all of them have."""
+    """Each gamma and W beside no gate, and beside that gamma without a window, on the bases and
+    seeds that all of them have."""
     swept = [row for row in rows if is_sweep(row["arm"])]
     if not swept:
         return ""
@@ -250,14 +261,25 @@ def sweep_table(rows: list[dict]) -> str:
         setting = gamma_and_window(arm)
         if not setting:
             continue
-        accuracy = all_pairs(differences(common, arm, "rlsd", "accuracy"))
-        tokens = all_pairs(differences(common, arm, "rlsd", "length"))
-        mean = statistics.fmean(column(where(common, arm=arm), "accuracy"))
-        text = f"| {setting[0]:g} | {setting[1]} | {len(accuracy)} | {mean:.1f} "
-        text += f"| {plus_minus(*interval(accuracy))} | {plus_minus(*interval(tokens))} |\n"
-        lines[setting[1] > 0, *setting] = text
-    head = "| gamma | W | pairs | accuracy, % | minus no gate | tokens, minus no gate |\n"
-    return head + "|---|---|---|---|---|---|\n" + "".join(lines[key] for key in sorted(lines))
+        gamma, W = setting
+        scores = column(where(common, arm=arm), "accuracy")
+        text = f"| {gamma:g} | {W} | {len(scores)} | {statistics.fmean(scores):.1f} "
+        text += both_differences(common, arm, "rlsd")
+        windowless = "egrsd" if gamma == 1 else f"egrsd-{gamma:g}"
+        text += both_differences(common, arm, windowless) if W else "|  |  "
+        lines[W > 0, gamma, W] = text + "|\n"
+    head = "| gamma | W | pairs | accuracy, % | minus no gate | tokens "
+    head += "| minus no window | tokens |\n|---|---|---|---|---|---|---|---|\n"
+    return head + "".join(lines[key] for key in sorted(lines))
+
+
+def both_differences(rows: list[dict], arm: str, other: str) -> str:
+    """Two cells: of accuracy and of length, over pairs."""
+    text = ""
+    for name in ("accuracy", "length"):
+        pairs = all_pairs(differences(rows, arm, other, name))
+        text += f"| {plus_minus(*interval(pairs)) if pairs else ''} "
+    return text
 
 
 def questions_table(rows: list[dict]) -> str:
@@ -274,7 +296,7 @@ def questions_table(rows: list[dict]) -> str:
         means = base_means(found)
         tokens = all_pairs(differences(rows, arm, other, "length"))
         text += f"| {last} | {arm} − {other} | {len(pairs)} | {plus_minus(*interval(pairs))} "
-        text += f"| {plus_minus(*interval(means))} | {listed(means)} "
+        text += f"| {plus_minus(*interval(means))} | {each_base(found)} "
         text += f"| {plus_minus(*interval(tokens))} |\n"
     return text
 
@@ -339,7 +361,7 @@ def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
 def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
     """Accuracy over length: a point a method, and the frontier that none beats.
 
-    Bars are standard errors: 95 % intervals of three runs are wider than the picture.
+    Bars are standard errors, so that neighbours can be told apart.
     """
     figure, axes = canvas(1, 1, 7.5, 5)
     axis = axes[0, 0]
@@ -354,9 +376,10 @@ def draw_frontier(path: Path, rows: list[dict], regime: str) -> None:
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or y > best[-1][1]:
             best.append((x, y))
-    if len(best) > 1:
-        style = {"color": "#777777", "lw": 1, "ls": ":", "drawstyle": "steps-post"}
-        axis.plot(*zip(*best), **style, label="frontier")
+    # To the right edge, so that a single method that none beats shows as what it is.
+    best.append((axis.get_xlim()[1], best[-1][1]))
+    style = {"color": "#777777", "lw": 1, "ls": ":", "drawstyle": "steps-post"}
+    axis.plot(*zip(*best), **style, label="frontier")
     axis.set(xlabel="mean length (tokens)", ylabel="held-out accuracy (%)")
     axis.set_title(f"regime {regime}: bars are one standard error over runs")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
@@ -542,8 +565,10 @@ def write(rows: list[dict], curves: list[dict], results: Path, page: Path) -> No
     if where(test, arm="teacher"):
         draw_by_teacher(results / "by-teacher.png", test)
     hours = sum(column(rows, "seconds")) / 3600
-    commits = ", ".join(sorted({*different(rows, "commit")} - {""}))
-    fill(page, "runs", f"{len(rows)} runs, {hours:.1f} hours of a core, commit {commits}.\n")
+    # Until lately "-dirty" said no more than that results/ had grown.
+    commits = {commit.removesuffix("-dirty") for commit in different(rows, "commit")} - {""}
+    text = f"{len(rows)} runs, {hours:.1f} hours of a core, commits {', '.join(sorted(commits))}.\n"
+    fill(page, "runs", text)
 
 
 def fill(page: Path, name: str, text: str) -> None:

@@ -9,10 +9,12 @@ import argparse
 import collections
 import csv
 import fcntl
+import functools
 import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import statistics
@@ -64,17 +66,17 @@ OTHERS = {
 SWEEP = {}
 for gamma in ("0.1", "0.3", "0.5", "0.7"):
     SWEEP[f"egrsd-{gamma}"] = ["--gamma", gamma, "--W", "0"]
-for gamma, W in itertools.product(("0.3", "1"), ("1", "3", "7")):
+for gamma, W in (*itertools.product(("0.3", "1"), ("1", "3", "7")), ("0.3", "5")):
     SWEEP[f"cl-egrsd-{gamma}-{W}"] = ["--gamma", gamma, "--W", W]
-# These, and the rest of add_later, were added when first results had been seen. As many steps as
-# the paper has, where reward may catch up.
+# The three groups below were added when first results had been seen, see add_later.
+# As many steps as the paper has, where reward may catch up.
 LONG = {}
 for name in ("reward", "rlsd", "egrsd"):
     LONG[f"long-{name}"] = [*CORE[name], "--steps", "100", "--save_every", "100"]
-# And given rates. Reward alone at RLSD's in h2, where its own was a tie between that and a third of
-# it. Three times RLSD's, which a search of their own found for EGRSD and CL-EGRSD in h1.
+# Reward alone at RLSD's rate in h2, where its own was a tie between that and a third of it.
 GIVEN_RATE = {"reward-1e-3": "1e-3"}
 SAME_RATE = {"reward-1e-3": CORE["reward"]}
+# Three times RLSD's rate, which a search of their own found for EGRSD and CL-EGRSD in h1.
 HIGH_RATE = {}
 for name in ("rlsd", "egrsd", "cl-egrsd", "shuffled"):
     GIVEN_RATE[f"{name}-3e-3"] = "3e-3"
@@ -90,8 +92,8 @@ ARMS = {
 }
 UNTRAINED = ("none", "teacher")  # the base alone, and with the reference in view
 
-# Whose learning rate an arm takes: all that weigh tokens by w share that of RLSD, which none of
-# them is about; the others have their own.
+# Whose learning rate an arm takes. What weighs tokens by w takes RLSD's, so that such arms differ
+# by one thing; the others have their own.
 TUNED = ("reward", "rlsd", "grpo", "sft", "opsd", "opsd-reverse", "crisp", "atesd")
 RATE_OF = {"atesd-half": "atesd", "long-reward": "reward"}
 CHECKED = ("egrsd", "cl-egrsd")  # is RLSD's rate theirs as well? See HIGH_RATE
@@ -99,7 +101,7 @@ CHECKED = ("egrsd", "cl-egrsd")  # is RLSD's rate theirs as well? See HIGH_RATE
 # "When does the gate matter?": one property of the task at a time, with the gate and without.
 PROPERTIES = {
     "p_reference_hard": ("0.2", "0.8"),
-    "p_hard_low": ("0.7", "0.85"),  # the base is right less often: rewards are sparse
+    "p_hard_low": ("0.7", "0.85"),  # its habits are surer; meant to make rewards sparse
     "p_stop": ("0.1", "0.4"),
     "p_filler": ("0.05", "0.5"),
     "p_style": ("0.3", "0.9"),
@@ -200,23 +202,29 @@ def line(regime: str, base: str, arm: str, seed: str, lr: str, split: str = "tes
 
 
 def choose_rates(rows: list[dict]) -> dict[tuple[str, str], str]:
-    """(regime, arm) -> the rate with the best mean validation accuracy, once all are there."""
+    """(regime, arm) -> the rate with the best validation accuracy, once all are there.
+
+    Where two are equal, the lower one. Seed 0 alone, which each method has: the same budget.
+    """
     groups = {}
     for row in rows:
-        if row["split"] == "validation":
+        if row["split"] == "validation" and row["seed"] == "0":
             scores = groups.setdefault((row["regime"], row["arm"]), {})
-            scores.setdefault(row["lr"], []).append(float(row["accuracy"]))
+            scores[row["lr"]] = float(row["accuracy"])
     chosen = {}
     for key, scores in groups.items():
         if len(scores) == len(RATES):
-            chosen[key] = max(scores, key=lambda lr: statistics.fmean(scores[lr]))
+            chosen[key] = max(RATES, key=scores.get)  # the first of the best: RATES go up
     return chosen
 
 
 def at_chosen_rates(rows: list[dict], chosen: dict[tuple[str, str], str]) -> list[dict]:
-    """Without test runs at a rate that was the arm's before its own had been searched."""
+    """Without test runs at a rate that was the arm's before its own had been searched, and without
+    second seeds of that search."""
     kept = []
     for row in rows:
+        if row["split"] == "validation" and row["seed"] != "0":
+            continue
         lr = rate_of(row["regime"], row["arm"], chosen)
         rateless = row["split"] != "test" or row["arm"] in UNTRAINED
         if rateless or lr in (None, row["lr"]):
@@ -413,7 +421,7 @@ def work(
                 continue
             train(options_of(run, base, folder))
             outbox.put((run, measure(run, folder), ""))
-        except (SystemExit, OSError, KeyError, ValueError, subprocess.CalledProcessError) as error:
+        except (SystemExit, Exception) as error:  # whatever it is, the study must not wait for it
             outbox.put((run, None, f"{type(error).__name__}: {error}"))
 
 
@@ -441,7 +449,7 @@ def do_runs(
         workers.append(worker)
         idle.append(inbox)
     try:
-        keep_busy(which, results, idle, outbox, end, out)
+        keep_busy(which, results, idle, functools.partial(take, outbox, workers), end, out)
     except KeyboardInterrupt:
         fail("stopped. The same command goes on: finished runs are not run again")
     finally:
@@ -449,11 +457,21 @@ def do_runs(
             worker.kill()  # a training run takes SIGTERM for "save, then end"
 
 
+def take(outbox: multiprocessing.Queue, workers: list) -> tuple:
+    """What a process has to say next; exits where one of them is gone."""
+    while True:
+        try:
+            return outbox.get(timeout=5)
+        except queue.Empty:
+            if not all(worker.is_alive() for worker in workers):
+                fail("a process of the study is gone: killed, by somebody or for want of memory")
+
+
 def keep_busy(
     which: str,
     results: Path,
     idle: list[multiprocessing.Queue],
-    outbox: multiprocessing.Queue,
+    take_result: Callable[[], tuple],
     end: float,
     out: Path,
 ) -> None:
@@ -472,7 +490,7 @@ def keep_busy(
             inbox.put(run)
         if not busy:
             break
-        run, measured, error = outbox.get()
+        run, measured, error = take_result()
         idle.append(busy.pop(key_of(run)))
         if error:
             fail(f"{' '.join(key_of(run))} ended with {error}; see {out}/worker_*.log")

@@ -136,7 +136,7 @@ def target_modules(adapter: str) -> list[str] | None:
 
 def training_settings(adapter: Path) -> dict:
     """Method, gamma, W, step and folder of an adapter's run, as far as its files tell."""
-    for path in (adapter.parent / "settings.json", adapter / "trainer.json"):
+    for path in (adapter / "trainer.json", adapter.parent / "settings.json"):
         saved = read_json(path, {})
         saved = saved.get("settings", saved)
         if "gamma" in saved and "W" in saved:

@@ -74,10 +74,13 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    git = ["git", "describe", "--always", "--dirty"]
+    # Changed or not, but for what the study itself writes.
+    changed = ["git", "status", "--porcelain", "-uno", "--", ".", ":!results", ":!RESULTS.md"]
+    about_git = {"cwd": ROOT, "text": True, "stderr": subprocess.DEVNULL}
     try:
-        commit = subprocess.check_output(git, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
-        found["commit"] = commit.strip()
+        commit = subprocess.check_output(["git", "describe", "--always"], **about_git)
+        dirty = subprocess.check_output(changed, **about_git)
+        found["commit"] = commit.strip() + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         pass  # no git, or a copy of the files without its history
     return found

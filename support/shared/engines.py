@@ -18,7 +18,7 @@ from torch import Tensor
 
 from support.shared.console import fail, installed
 from support.shared.models import autocast, head_of
-from support.shared.processes import rank_and_world, ranks_here, reduce_
+from support.shared.processes import note_progress, rank_and_world, ranks_here, reduce_
 
 AT_ONCE = 128  # ours: prompts of transformers' generate side by side
 Completion = tuple[int, list[int], list[float]]
@@ -244,6 +244,7 @@ class GumbelSampler:
         self.raw_logps: list[Tensor] = []  # of each position: (b,), at temperature 1
 
     def __call__(self, so_far: Tensor, z: Tensor) -> Tensor:
+        note_progress()
         raw = z.log_softmax(-1)  # (b, V)
         if self.temperature > 0:
             for warper in self.warpers:

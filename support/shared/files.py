@@ -83,7 +83,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     def write(beside: Path) -> None:
-        beside.write_text(text)
+        beside.write_text(text, "utf-8")
 
     write_whole(path, write)
 

@@ -58,14 +58,23 @@ def load_base(
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     refuse_big_model_on_cpu(model, device)
+    from safetensors import SafetensorError
+
+    why = "--model takes a hub id or a local folder with safetensors weights; --preset tiny needs "
+    why += "neither network nor GPU"
+    unreadable = (OSError, ValueError, ImportError, SafetensorError)
     try:
         with first_rank_first():
             if not Path(model).is_dir():
                 from huggingface_hub import snapshot_download
 
                 snapshot_download(model, allow_patterns=WANTED)
-        base = AutoModelForCausalLM.from_pretrained(
+    except unreadable as error:
+        fail(f"--model {model} cannot be loaded ({first_line(error)}). {why}")
+    try:
+        base, report = AutoModelForCausalLM.from_pretrained(
             model,
+            output_loading_info=True,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
             attn_implementation=attn,
             trust_remote_code=trust_remote_code,
@@ -73,11 +82,12 @@ def load_base(
             # Straight there: 8 ranks need not hold 8 copies in RAM first.
             device_map={"": "cpu" if shard else device},
         )
-    except (OSError, ValueError, ImportError) as error:
-        fail(
-            f"--model {model} cannot be loaded ({first_line(error)}). --model takes a hub id or a "
-            "local folder with safetensors weights; --preset tiny needs neither network nor GPU"
-        )
+    except (*unreadable, RuntimeError) as error:  # the last: of another shape, or out of memory
+        fail(f"--model {model} cannot be loaded ({first_line(error)}). {why}")
+    # transformers would draw them at random, on each rank others, and say so in passing.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        fail(f"--model {model} has no weights for {', '.join(missing[:3])}")
     # Where vLLM has no code of its own for a model (Olmo 3), it runs transformers', and turns the
     # class itself, of which ours is an instance too, into one that it compiles.
     getattr(base, base.base_model_prefix).do_not_compile = True

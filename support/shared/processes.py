@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -52,7 +53,7 @@ def start_processes(threads: int = 0, rank_timeout: float = 0) -> torch.device:
         day = timedelta(days=1)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=day)
         store.set_timeout(day)  # by which later groups, vLLM's too, exchange their addresses
-        dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects, or fails, before the load
+        reduce_(torch.zeros(1, device=device))  # NCCL connects, or fails, before the load
     return device
 
 
@@ -129,7 +130,10 @@ def ending_together() -> Iterator[None]:
         if not wanted and _here["waits"] and _told.wait(3 * TICK):
             part()
             os._exit(1)
-        if wanted:
+        code = 1
+        if wanted and isinstance(error.code, int):  # argparse has said why
+            code = error.code
+        elif wanted:
             print(error)
         else:
             traceback.print_exc()
@@ -137,7 +141,7 @@ def ending_together() -> Iterator[None]:
         # The others may wait for this rank in a collective, so it waits for nobody.
         sys.stdout.flush()
         part(f"{error}" if wanted else f"{error!r}")
-        os._exit(1)
+        os._exit(code)
 
 
 def stop_on_signals() -> list[float]:
@@ -152,6 +156,8 @@ def stop_on_signals() -> list[float]:
         now = time.monotonic()
         if stopped and number == signal.SIGINT and now - stopped[0] > 1:
             raise KeyboardInterrupt
+        if not stopped and rank_and_world()[0] == 0:
+            os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again ends at once\n")
         stopped.append(now)
 
     signal.signal(signal.SIGINT, note)
@@ -170,8 +176,10 @@ GRACE = 10.0  # seconds that the main thread still has: to write a checkpoint, o
 PATIENCE = {"loading": 7_200, "engine start": 7_200, "sampling": 86_400}
 
 # What the others may know of this rank: what it does; how many collectives it has come to, whether
-# it waits in one; how it ended, if it did; where its process is.
-_here = {"phase": "loading", "came": 0, "waits": False, "ended": None, "machine": "", "pid": 0}
+# it waits in one; its tokens and micro-batches so far, and how many seconds since anything of this
+# changed; how it ended, if it did; where its process is.
+_here = {"phase": "loading", "came": 0, "waits": False, "moves": 0, "still": 0.0}
+_here |= {"ended": None, "machine": "", "pid": 0}
 _told = threading.Event()  # the watch has said who died or hangs
 _parted = threading.Event()  # there is nothing to watch any more
 _watch: list[threading.Thread] = []
@@ -181,6 +189,11 @@ def enter(phase: str) -> float:
     """Name what this rank does from now on: for the others, should it die or hang. -> the clock"""
     _here["phase"] = phase
     return time.perf_counter()
+
+
+def note_progress() -> None:
+    """Called for each token and micro-batch: a long phase is no hang while it moves."""
+    _here["moves"] += 1
 
 
 @contextlib.contextmanager
@@ -197,16 +210,27 @@ def watch_others(store: dist.Store, rank_timeout: float) -> None:
 
     Died: its process is gone (looked up on the same machine), or it says that it failed. Hangs: no
     sign of life from its thread for `rank_timeout` seconds, as when it is stopped; or the others
-    wait in a collective to which it has not come for so long, in some phases for longer (PATIENCE).
+    wait in a collective to which it has not come for so long, in some phases for longer (PATIENCE);
+    or nothing of it moves for so long, as when all hang in a collective of the engine's own.
     """
     store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    _here.update(pid=os.getpid(), machine=os.environ.get("GROUP_RANK", "0"))
+    _here.update(pid=os.getpid(), machine=this_machine())
     thread = threading.Thread(target=watch, args=(store, rank_timeout), daemon=True)
     _watch.append(thread)
     thread.start()
     atexit.register(part)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end_when_told)
+
+
+def this_machine() -> str:
+    """Ranks with the same see each other's processes. By more than torchrun's numbers, which other
+    launchers do not set."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux alone: containers of one machine may differ in these
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def end_when_told(number: int, _: object) -> None:
@@ -230,6 +254,7 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
     seen = {}
     silent = dict.fromkeys(others, 0.0)  # seconds since a sign of life
     late = dict.fromkeys(others, 0.0)  # seconds that this rank has waited for it in a collective
+    position = ()  # what this rank has come to
     ends = math.inf  # when this process does, whatever its main thread waits for
     faults = {}  # rank -> what is wrong with it
     beat = 0
@@ -242,6 +267,8 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
         # a laptop slept, the machine is overloaded, torchrun with its store was stopped.
         passed = min(now - before, TICK)
         before = now
+        last, position = position, (_here["phase"], _here["came"], _here["moves"])
+        _here["still"] = _here["still"] + passed if position == last else 0.0
         if now > ends:
             _here["ended"] = ""  # which is no death
         with contextlib.suppress(RuntimeError):  # the store is gone: torchrun has ended
@@ -293,11 +320,17 @@ def find_fault(state: dict | None, silent: float, late: float, rank_timeout: flo
         return f"died in {phase}: killed, by somebody or for want of memory (dmesg may know)"
     if not rank_timeout:
         return ""
-    too_late = late > max(rank_timeout, PATIENCE.get(state["phase"], 0))
+    limit = max(rank_timeout, PATIENCE.get(state["phase"], 0))
+    too_late = late > limit
     if silent > rank_timeout or (too_late and silent > 3 * TICK):
         return f"has given no sign of life for {silent:.0f} s in {phase} (--rank_timeout)"
     if too_late:
         return f"has not left {phase} while the others waited {late:.0f} s (--rank_timeout)"
+    # Where all stand still each is at fault: one rank of each machine is enough to say so. Later
+    # than the others wait for one, which says more.
+    judge = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if judge and state["still"] > limit + GRACE:
+        return f"has not moved for {state['still']:.0f} s in {phase} (--rank_timeout)"
     return ""
 
 

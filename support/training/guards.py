@@ -105,11 +105,13 @@ def look_for_nan(
     kept = []
     for group in optimizer.param_groups:
         kept += map(Tensor.detach, group["params"])
+    counts = []
     for slots in optimizer.state.values():
-        kept += [value for name, value in slots.items() if name != "step"]  # which is on the CPU
+        kept += [value for name, value in slots.items() if name != "step"]
+        counts.append(float(slots["step"]))  # which lies on the CPU
     size = torch.nn.utils.get_total_norm(kept)
     norm, size = torch.stack([norm, size]).tolist()
-    total = torch.tensor([norm, size, *stats.values()], dtype=torch.float64).sum()
+    total = torch.tensor([norm, size, *counts, *stats.values()], dtype=torch.float64).sum()
     return norm, math.isfinite(reduce_(total))
 
 

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,18 +224,23 @@ def record_step(
     journal.add_rollouts(kept)
     journal.add_row([row])
     remember(journal, row)
-    if journal.wandb:
-        journal.wandb.log(row, step=row["step"])
     began = time.perf_counter()
     if redraw or journal.drawing < CURVES_SHARE * (began - journal.drawn):
         curves = journal.out / "curves.png"
-        try:
-            draw_curves(curves, journal.curves, journal.max_grad_norm)
-        except OSError as error:  # a picture must not cost the run
-            say(f"{curves} could not be written ({first_line(error)}): the run goes on without it")
+        show(f"{curves}", draw_curves, curves, journal.curves, journal.max_grad_norm)
         journal.drawn = time.perf_counter()
         journal.drawing = journal.drawn - began
+    if journal.wandb:
+        show("the line for Weights & Biases", journal.wandb.log, row, step=row["step"])
     warn(row, rollouts, journal.max_length)
+
+
+def show(what: str, work: Callable, *args: object, **options: object) -> None:
+    """Do it, or say why not: neither a picture nor another's server may cost the run."""
+    try:
+        work(*args, **options)
+    except Exception as error:
+        say(f"{what} could not be written ({first_line(error)}): the run goes on without it")
 
 
 def warn(row: dict, rollouts: list[dict], max_length: int) -> None:

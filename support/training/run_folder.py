@@ -35,10 +35,13 @@ DATA_KEYS = ("id", "problem", "solution", "answer")
 # Taking and clearing the folder
 
 
-def saved_settings(out: Path, names: Iterable[str], free: Iterable[str]) -> dict[str, object]:
-    """The settings of the run in `out`, as far as there are options of these names; {} for none.
+def saved_settings(
+    out: Path, defaults: dict[str, object], free: Iterable[str]
+) -> dict[str, object]:
+    """The settings of the run in `out`, {} for none; the `defaults` where it has none of a name.
 
     Those that are not `free` to change are its last checkpoint's, whatever settings.json says.
+    Exits where the run has settings that have no default: another program began it.
     """
     path = out / "settings.json"
     kept = {}
@@ -57,8 +60,16 @@ def saved_settings(out: Path, names: Iterable[str], free: Iterable[str]) -> dict
     changed = [name for name, value in fixed.items() if saved.get(name, value) != value]
     if changed:
         say(f"{path} is not that of its checkpoint ({', '.join(changed)}): the checkpoint's count")
+    foreign = sorted((kept or saved).keys() - defaults.keys())
+    if foreign:
+        fail(
+            f"{out} is a run of another program, or of another version: this one knows no setting "
+            f"{foreign[0]!r}. Resume it with the one that began it"
+        )
     found = {**kept, **saved, **fixed}
-    return {name: found[name] for name in names if name in found}
+    if not found:
+        return {}
+    return {name: found.get(name, default) for name, default in defaults.items()}
 
 
 def open_run(out: Path, resume: bool, overwrite: bool, settings: dict) -> Path | None:
@@ -85,7 +96,10 @@ def open_run(out: Path, resume: bool, overwrite: bool, settings: dict) -> Path |
 
 def compare_ranks(out: Path, checkpoint: Path | None, settings: dict) -> None:
     """Refuse ranks that would go on from another state, or with other settings, than rank 0."""
-    seen = checkpoint.name if checkpoint else "no checkpoint"
+    seen = "no checkpoint"
+    if checkpoint:  # its name, and which of those that have had it
+        digest = hashlib.sha256((checkpoint / "trainer.json").read_bytes()).hexdigest()
+        seen = f"{checkpoint.name} ({digest[:8]})"
     views = gather([(seen, settings)])
     for rank, (other, theirs) in enumerate(views):
         differ = [name for name, value in views[0][1].items() if theirs[name] != value]
@@ -96,6 +110,15 @@ def compare_ranks(out: Path, checkpoint: Path | None, settings: dict) -> None:
                 "machines go on with a run where all see its folder: put --out on a file system "
                 "that they share, or copy settings.json and the last step_N to each"
             )
+
+
+def compare_fingerprints(mine: dict[str, str]) -> None:
+    """Refuse ranks that read other data, or load another model, than rank 0."""
+    views = gather([mine])
+    for rank, theirs in enumerate(views):
+        differ = [name for name, value in views[0].items() if theirs[name] != value]
+        if differ:
+            fail(f"rank {rank} has not what rank 0 has: {', '.join(differ)} differ. Copy rank 0's")
 
 
 def whole_checkpoint(out: Path) -> Path | None:
@@ -124,6 +147,11 @@ def whole_checkpoint(out: Path) -> Path | None:
         say(f"it goes on from {found}, the one before; the others are now damaged_step_*")
     barrier()
     return found
+
+
+def was_begun(out: Path) -> bool:
+    """Whether there is a run to resume, however short."""
+    return (out / "settings.json").exists() or latest_checkpoint(out) is not None
 
 
 def holds_a_run(out: Path) -> bool:
@@ -231,7 +259,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """Of each file of a checkpoint but trainer.json, which holds them, and the model card."""
     hashes = {}
     for path in sorted(folder.iterdir()):
-        if path.name not in ("trainer.json", "README.md"):
+        if path.is_file() and path.name not in ("trainer.json", "README.md"):
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
@@ -402,6 +430,13 @@ def load_checkpoint(
         tensors = load_file(folder / "trainer.safetensors")
         load_student(folder)
         torch.set_rng_state(tensors.pop("torch_random_state"))
+        there = {key for key in tensors if key.startswith("others/")}
+        wanted = {f"others/{name}" for name in others}
+        if there != wanted:
+            fail(
+                f"{folder} is of another method or version: it has {', '.join(sorted(there)[:3])} "
+                f"and this run needs {', '.join(sorted(wanted)[:3])} (empty: nothing)"
+            )
         for name, value in others.items():
             value.copy_(tensors.pop(f"others/{name}"))
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
