@@ -403,9 +403,10 @@ def start_vllm(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what we ask for
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its authors
-    # FlashInfer's sampler knows no seeds, so that no request of ours would use it; its compilation
-    # at the start needs nvcc.
+    # Kernels of FlashInfer are compiled on the spot, which needs nvcc. Of its sampler, which takes
+    # no seeds, no request of ours would make use; its all-reduce has equals in vLLM.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    os.environ.setdefault("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
     if not on_gpu:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes longer than it saves
     from vllm import LLM
