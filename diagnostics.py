@@ -87,7 +87,7 @@ DERIVED = (
 TAUS = (0.1, 0.3)  # ours: the paper gives no thresholds
 IDLE = (  # of egrsd.py: they would do nothing here
     "--resume --overwrite --steps --save_every --wandb --rank_timeout --check_data --shard --lr "
-    "--eval_before --rollouts_per_prompt --gradient_checkpointing"
+    "--eval_before --rollouts_per_prompt --gradient_checkpointing --curves"
 ).split()
 W_NOTE = "W is 0 here: the lookahead is shown as it would be with W = 5. "
 GATED = ("teacher_logp", "student_logp", "entropy", "advantage")  # what these need
@@ -374,10 +374,10 @@ def measure(o: argparse.Namespace, s: Settings, out: Path) -> dict:
     student = "the policy that sampled them" if kept else o.adapter or "the base model"
     source = o.rollouts or o.samples or f"sampled now, with the problems of {Path(s.data).name}"
     context = {
-        "settings": dataclasses.asdict(s),
+        "settings": {**dataclasses.asdict(s), "W": 0 if W_NOTE in o.note else s.W},
         "advantages": origin,
         "references": references,
-        "note": o.note.replace(W_NOTE, ""),  # that is of one call
+        "note": o.note.replace(W_NOTE, ""),  # each call says it, or has a --W
         "result_after": o.result_after,
         "source": source,
         "model": s.model,

@@ -122,6 +122,7 @@ class Settings:
     steps: int = opt("run", 100, "optimizer steps")  # Table A1
     save_every: int = opt("run", 25, "steps between checkpoints")  # Table A1
     seed: int = opt("run", 0, "seed of adapter, data order and rollouts")  # ours
+    curves: bool = opt("run", True, "draw curves.png")  # ours
     wandb: str = opt("run", "", "also log to this Weights & Biases project")  # ours
     rank_timeout: int = opt("run", 1_800, "seconds that a rank may hang, 0 = no limit")  # ours
 
@@ -180,7 +181,7 @@ class Settings:
 # What --resume may change: how far and how fast a run goes. Attention, threads, sizes and sharding
 # change rounding alone; another engine also draws other completions from the same seed.
 FREE_ON_RESUME = (
-    "out resume overwrite steps save_every wandb rank_timeout attn gradient_checkpointing shard "
+    "out resume overwrite steps save_every curves wandb rank_timeout attn gradient_checkpointing shard "
     "threads micro_batch_tokens head_chunk engine rollout_tp check_data trust_remote_code"
 ).split()
 

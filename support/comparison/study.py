@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # What all runs share. 40 steps: after 100 the best methods are too close to the ceiling to compare.
 COMMON = ["--preset", "tiny", "--steps", "40", "--save_every", "40", "--batch_size", "32"]
-COMMON += ["--no-eval_before"]
+COMMON += ["--no-eval_before", "--no-curves"]
 CAPS = {"embedded": 96, "h1": 128, "h2": 160, "h3": 192}  # ours: completion cap in tokens
 RATES = ("3e-4", "1e-3", "3e-3")  # ours: the learning rates that each method is tried with
 
@@ -68,7 +68,7 @@ for gamma in ("0.1", "0.3", "0.5", "0.7"):
     SWEEP[f"egrsd-{gamma}"] = ["--gamma", gamma, "--W", "0"]
 for gamma, W in (*itertools.product(("0.3", "1"), ("1", "3", "7")), ("0.3", "5")):
     SWEEP[f"cl-egrsd-{gamma}-{W}"] = ["--gamma", gamma, "--W", W]
-# The three groups below were added when first results had been seen, see add_later.
+# The three groups below were added when first results had been seen, see do_more.
 # As many steps as the paper has, where reward may catch up.
 LONG = {}
 for name in ("reward", "rlsd", "egrsd"):
@@ -146,12 +146,13 @@ def plan(which: str, chosen: dict[tuple[str, str], str]) -> Iterator[dict[str, s
     for regime in ("h1", "h2"):
         yield from search_rates(regime)
         yield from every(regime, "012", "012345", (*UNTRAINED, *CORE), chosen)
-    for regime in ("h1", "h2"):
-        yield from every(regime, "012", "012345", OTHERS, chosen)
+    yield from every("h1", "012", "012345", OTHERS, chosen)
+    methods = [arm for arm in OTHERS if arm in TUNED]
+    yield from every("h2", "012", "012345", methods, chosen)
     yield from change_properties("0", chosen)
     yield from every("h1", "012", "012345", SWEEP, chosen)
     if which == "more":
-        yield from add_later(chosen)
+        yield from do_more(chosen)
 
 
 def change_properties(bases: str, chosen: dict) -> Iterator[dict[str, str]]:
@@ -162,12 +163,13 @@ def change_properties(bases: str, chosen: dict) -> Iterator[dict[str, str]]:
             yield from every(f"h2:{name}={value}", bases, "012", arms, chosen)
 
 
-def add_later(chosen: dict) -> Iterator[dict[str, str]]:
-    """What was added to the plan when first results had been seen."""
+def do_more(chosen: dict) -> Iterator[dict[str, str]]:
+    """What was added when first results had been seen; then h2's other arms, and more bases."""
     yield from every("h1", "012", "012345", HIGH_RATE, chosen)
     yield from every("h1", "012", "012345", LONG, chosen)
     yield from every("h2", "012", "012345", SAME_RATE, chosen)
-    yield from every("h2", "012", "012345", SWEEP, chosen)
+    variants = [arm for arm in (*OTHERS, *SWEEP) if arm not in TUNED]
+    yield from every("h2", "012", "012345", variants, chosen)
     for base in "12":
         yield from change_properties(base, chosen)
 
@@ -410,8 +412,7 @@ def work(
     """A process that does one run after another; what it would print goes to a file."""
     sys.stdout = sys.stderr = log.open("w", buffering=1)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    while True:
-        run = inbox.get()
+    while (run := inbox.get()) is not None:
         folder = out / "runs" / "-".join(key_of(run)).replace(":", "-")
         shutil.rmtree(folder, ignore_errors=True)  # half a run is begun again
         try:
@@ -450,6 +451,10 @@ def do_runs(
         idle.append(inbox)
     try:
         keep_busy(which, results, idle, functools.partial(take, outbox, workers), end, out)
+        for inbox in idle:
+            inbox.put(None)
+        for worker in workers:
+            worker.join()
     except KeyboardInterrupt:
         fail("stopped. The same command goes on: finished runs are not run again")
     finally:
@@ -516,7 +521,7 @@ def main(
     add = parser.add_argument
     add("--study", action="store_true", help="this")
     which = {"dest": "which", "action": "store_const", "default": "whole"}
-    add("--more", const="more", **which, help="then what was added after first results")
+    add("--more", const="more", **which, help="then h2's other arms, more bases, later ideas")
     add("--quick", const="quick", **which, help="ten runs of the embedded task, minutes")
     add("--large", const="large", **which, help="regime h3, 29 times as large, for a GPU")
     add("--report", action="store_true", help="no run: draw tables and figures again")

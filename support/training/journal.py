@@ -86,6 +86,7 @@ def open_journal(out: Path, rows: Iterable[dict], settings: dict, start: int) ->
         wandb=wandb,
         max_grad_norm=settings["max_grad_norm"],
         max_length=settings["max_length"],
+        draws=settings["curves"],
         drawn=time.perf_counter(),
         drawing=2.0,  # seconds, with the import of matplotlib; then what it took
     )
@@ -225,7 +226,8 @@ def record_step(
     journal.add_row([row])
     remember(journal, row)
     began = time.perf_counter()
-    if redraw or journal.drawing < CURVES_SHARE * (began - journal.drawn):
+    due = redraw or journal.drawing < CURVES_SHARE * (began - journal.drawn)
+    if journal.draws and due:
         curves = journal.out / "curves.png"
         show(f"{curves}", draw_curves, curves, journal.curves, journal.max_grad_norm)
         journal.drawn = time.perf_counter()
