@@ -181,8 +181,8 @@ class Settings:
 # What --resume may change: how far and how fast a run goes. Attention, threads, sizes and sharding
 # change rounding alone; another engine also draws other completions from the same seed.
 FREE_ON_RESUME = (
-    "out resume overwrite steps save_every curves wandb rank_timeout attn gradient_checkpointing shard "
-    "threads micro_batch_tokens head_chunk engine rollout_tp check_data trust_remote_code"
+    "out resume overwrite steps save_every curves wandb rank_timeout attn gradient_checkpointing "
+    "shard threads micro_batch_tokens head_chunk engine rollout_tp check_data trust_remote_code"
 ).split()
 
 

@@ -26,7 +26,8 @@ def make_logs(folder: Path, whole: Path, steps: int) -> Path:
 
 def open_one(out: Path, steps: int):
     rows = run_folder.clear_run(out, out / f"step_{steps}", steps, {})
-    settings = {"steps": 10 * LONG, "wandb": "", "max_grad_norm": 0.1, "max_length": 256}
+    settings = {"steps": 10 * LONG, "max_grad_norm": 0.1, "max_length": 256}
+    settings.update(wandb="", curves=True)
     return journal.open_journal(out, rows, settings, steps)
 
 
