@@ -330,9 +330,13 @@ def look_of(arm: str) -> dict[str, str]:
 
 
 def draw_questions(path: Path, rows: list[dict], regime: str) -> None:
-    """The study's picture: each difference with its two intervals."""
+    """The study's picture: each difference that was fixed before, with its two intervals."""
     shown = []
-    for _, arm, other in QUESTIONS:
+    last = ""
+    for question, arm, other in QUESTIONS:
+        last = question or last
+        if "†" in last:
+            continue
         found = differences(rows, arm, other, "accuracy")
         if len(all_pairs(found)) > 1:
             shown.append((f"{arm} \u2212 {other}", found))
