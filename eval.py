@@ -13,7 +13,7 @@ five runs):
                 denominator
     +-          one standard error: sd of the problems' means / sqrt(problems). Samples of one
                 problem are not independent: counted one by one, they would make the bar up to
-                sqrt(K) times too short
+                sqrt(K) times too short, that of AIME24 sqrt(5 K) times
     pass@K      percent of (run, problem) with a right sample among the K
     Avg.        mean of the benchmarks, +- sqrt(sum of SE^2) / benchmarks; Eff is Avg. / (mean
                 length / 1000)

@@ -538,7 +538,7 @@ def test_a_runs_rollouts_keep_their_log_probabilities_and_advantages(
     rollouts, tiny_model, tmp_path
 ) -> None:
     _, _, s = tiny_model
-    (tmp_path / "settings.json").write_text(json.dumps({**vars(s), "gamma": 0.7}))
+    (tmp_path / "settings.json").write_text(json.dumps({**vars(s), "gamma": 0.7, "W": 0}))
     write_rows(
         tmp_path / "log.jsonl",
         [{"step": k, "grad_norm": 0.1 * (k + 1), "reward": k} for k in range(5)],
@@ -561,6 +561,14 @@ def test_a_runs_rollouts_keep_their_log_probabilities_and_advantages(
         batch = flat["rollout"] // 6 == step
         assert set(flat["max_entropy"][batch]) == {flat["entropy"][batch].max()}
     assert (out / "dynamics.png").exists()
+    for folder, more, told in (
+        (out, (), True),
+        (tmp_path / "again", ("--tokens", out / "tokens.npz"), True),
+        (tmp_path / "longer", ("--tokens", out / "tokens.npz", "--W", 5), False),
+    ):
+        if more:
+            call(*more, "--out", folder)
+        assert (D.W_NOTE in (folder / "report.html").read_text()) == told
 
 
 @needs_tiny
@@ -641,6 +649,14 @@ def test_samples_of_an_evaluation_and_their_references(rollouts, tmp_path) -> No
         ("no list of token ids", lambda rows: rows[1].update(completion_ids=["7", "8"])),
         ("no list of token ids", lambda rows: rows[1]["completion_ids"].append(-1)),
         ("no list of token ids", lambda rows: rows[1].update(prompt_ids=[])),
+        ("line 3 has no id", lambda rows: rows[2].pop("id")),
+        (
+            "empty reference|has no text",
+            lambda rows: [
+                (row.update(id="0", solution="", answer="", gold="", correct=True), row.pop("text"))
+                for row in rows
+            ],
+        ),
         (
             "do not fit, with their reference",
             lambda rows: rows[0].update(completion_ids=rows[0]["completion_ids"] * 99),
@@ -749,6 +765,11 @@ def test_a_missing_or_empty_adapter_is_refused(
         ),
         ("not finite", lambda flat: {**flat, "entropy": flat["entropy"] * np.nan}),
         ("numbered in order", lambda flat: {**flat, "rollout": flat["rollout"][::-1]}),
+        ("from 0", lambda flat: {**flat, "rollout": flat["rollout"] + 1}),
+        (
+            "without a gap",
+            lambda flat: {**flat, "rollout": flat["rollout"] + (flat["rollout"] > 20)},
+        ),
         (
             "than every completion",
             lambda flat: {name: values[flat["position"] < 5] for name, values in flat.items()},
@@ -758,6 +779,32 @@ def test_a_missing_or_empty_adapter_is_refused(
 def test_bad_arrays_are_refused_with_a_sentence(tmp_path, sentence: str, spoil) -> None:
     np.savez(tmp_path / "tokens.npz", **spoil(random_tokens()))
     assert sentence in refused("--tokens", tmp_path / "tokens.npz", "--W", 5)
+
+
+@pytest.mark.parametrize("n", [3, 9, 10])
+def test_deciles_of_a_few_tokens(tmp_path, n: int) -> None:
+    """Below ten tokens some deciles are empty: none is the highest, and no trend is told."""
+    flat = {}
+    for name, kind in token_stats.MEASURED.items():
+        flat[name] = np.zeros(n, kind)
+    flat["position"] = np.arange(n, dtype=np.int32)
+    flat["entropy"] = np.linspace(0, 1, n, dtype=np.float32)
+    flat["student_logp"] = -flat["entropy"]  # the gap grows with the entropy
+    flat["max_entropy"] += 1
+    np.savez(tmp_path / "tokens.npz", **flat)
+    derive = functools.partial(D.gate_quantities, s=parse_settings(["--W", "1"]))
+    summary = token_stats.summarise_tokens(tmp_path / "tokens.npz", derive, {}, options(), 1)
+    d = summary["decile"]
+    filled = [g + 1 for g in range(10) if d["count"][g]]
+    assert (d["highest"], d["monotone"], len(filled)) == (filled[-1], True, n)
+    assert ("monotone" in pages.deciles_text(summary)) == (n == 10)
+
+
+def test_a_zoom_without_a_lock_or_a_pivot_says_so() -> None:
+    one = {"H_hat": np.full(40, 0.5), "H_hat_CL": np.full(40, 0.5), "text": ["x"] * 40}
+    one["regime"] = np.full(40, token_stats.REGIMES.index("fork"))
+    titles = [axis.get_title() for axis in figures.draw_trace(one, 0).axes[1:]]
+    assert [title.split(":")[0] for title in titles] == ["no lock", "no pivot", "no pivot"]
 
 
 def test_lines_of_the_dynamics_figure_are_the_logs(tmp_path) -> None:

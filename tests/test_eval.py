@@ -624,11 +624,12 @@ def test_compare_sweeps(tmp_path: Path, base_run: Path) -> None:
     assert re.findall(r"([\d.]+) \+-", snapshots) == [
         f"{accuracy[f'g1.0W5-{step}']:.2f}" for step in (25, 50, 75, 100)
     ]
-    assert "S4: 100" in text and "paper, Table 4: EGRSD gamma 0.3 W 0" in text
+    assert "S4: 100" in text and "paper, Table 4: EGRSD gamma 0.3 W 0 (its six benchm" in text
     last = next(line for line in text.splitlines() if line.startswith("| gamma 1.0 W 5, step 100"))
     assert (
         f" {accuracy['g1.0W5-100']:.2f} +-" in last
-        and "paper, Table A3: CL-EGRSD gamma 1.0 W 7" in text
+        and "paper, Table 6: CL-EGRSD W 7 (its six benchmarks)" in text
+        and "Table A3:" not in text  # it has no average, and none of these benchmarks
     )
     assert (tmp_path / "out" / "heatmaps.png").read_bytes().startswith(b"\x89PNG")
 
@@ -836,6 +837,37 @@ def test_prompts_and_end_tokens_count_among_what_samples_depend_on() -> None:
     assert found[0]["prompts"] != found[1]["prompts"]
     assert found[0]["end_tokens"] != found[2]["end_tokens"]
     assert found[0]["prompts"] == found[2]["prompts"]
+
+
+def test_the_papers_rows_beside_four_benchmarks_and_on_the_frontier() -> None:
+    four = list(compare.SIX[:4])
+    lines = compare.lines_of_paper(compare.paper_rows("qwen3-8b", ["6", "A3"]), four)
+    assert lines and not any("(its six" in line[0] for line in lines)
+    (line,) = compare.lines_of_paper([{"label": "x", "avg": 50.0}], four)
+    assert line == ["x (its six benchmarks)", "", "", "", "", "50.00", "", ""]
+    assert compare.lines_of_paper([{"label": "x", "S1": 50.0}], four) == []
+    points = compare.frontier_points([], compare.paper_rows("qwen3-8b", ["6"]), [*compare.SIX])
+    labels = [point["label"] for point in points]
+    assert "CL-EGRSD W 7 (paper)" in labels and len(set(labels)) == len(labels) > 3
+
+
+def test_a_difference_of_one_problem_is_not_marked() -> None:
+    row = {"id": "1", "gold": "1", "correct": True, "tokens": 5}
+    runs = [{"label": name, "samples": {"tiny": [row]}} for name in ("a", "b|c")]
+    for run in runs:
+        run["benchmarks"] = {"tiny": {"problems": 1}}
+    text = compare.difference_text(runs, ["tiny"])
+    line = text.splitlines()[-1]
+    assert "~" not in line and r"b\|c" in line
+
+
+def test_an_unfinished_evaluation_goes_on_with_the_grader_of_its_verdicts(
+    tmp_path: Path, base_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = shutil.copytree(base_run, tmp_path / "out")
+    write_lines(out / "samples.jsonl", list(rows_of(base_run).values())[:-1])
+    ev.main(["--regrade", "--out", str(out), "--grader", "paper"])
+    assert "goes on, with --grader paper" in capsys.readouterr().out
 
 
 def test_other_seeds_of_a_setting_are_averaged_and_told_apart() -> None:

@@ -17,6 +17,7 @@ from support.shared.models import head_of
 
 RUN_KEYS = (
     "step",
+    "id",
     "prompt_ids",
     "completion_ids",
     "engine_logps",
@@ -68,6 +69,7 @@ def run_rows(path: str, limit: int) -> list[dict]:
         if row["step"] in steps:
             row.setdefault("answer", "")
             row.setdefault("solution", "")
+            row.setdefault("text", "")
             row["batch"] = row["step"]
             row["key"] = row["id"]
             chosen.append(row)

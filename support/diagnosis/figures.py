@@ -23,7 +23,7 @@ TITLES = {  # file: title, words below it
     "deciles.png": (
         "Evidence by entropy decile (Figure 4a)",
         "Where the teacher is uncertain, how far apart are teacher and student, and how much "
-        "weight is left? 95 % bars, resampling rollouts.",
+        "weight is left? 95 % bars, resampling problems.",
     ),
     "regimes.png": (
         "Lock, fork, pivot, mid (Figure 4b)",
@@ -205,7 +205,9 @@ def draw_trace(one: dict, number: int):
         axis.plot(range(a, b), H_hat[a:b], color="#222222", marker="o", markersize=3)
         shade(axis, one, a, b, ("lock", "pivot"))
         token_ticks(axis, one, a, b)
-        axis.set(ylim=(0, 1.02), title=f"{name}: tokens {a} to {b - 1}")
+        there = REGIMES.index(name) in one["regime"][a:b]
+        title = f"{name if there else f'no {name}'}: tokens {a} to {b - 1}"
+        axis.set(ylim=(0, 1.02), title=title)
     below[0].set_ylabel("normalised entropy")
     return figure
 
@@ -257,10 +259,10 @@ def name_peaks(axis, one: dict, peaks: np.ndarray) -> None:
         axis.annotate(words, (t, one["H_hat"][t]), (x, 1.12), arrowprops=line, **style)
 
 
-def pivot_windows(shown: dict[int, dict], asked: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+def pivot_windows(shown: dict[int, dict], asked: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """(rollout, start) of the windows asked for; else of three in which most weight is restored."""
     for window in asked:
-        if len(window) != 2 or not 0 <= window[1] < len(shown[window[0]]["text"]):
+        if not 0 <= window[1] < len(shown[window[0]]["text"]):
             fail(
                 f"--windows {':'.join(map(str, window))}: it takes ROLLOUT:START, with a START "
                 "inside that rollout"

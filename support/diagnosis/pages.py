@@ -165,13 +165,19 @@ def deciles_text(summary: dict) -> str:
                 of = d[quantity]
                 row.append({"mean": of["mean"][g], "low": of["low"][g], "high": of["high"][g]})
             rows.append(row)
-        text += (
-            f"<p>{name}tokens, top to bottom decile: {shorten(d['top_to_bottom'])}. The gap is "
-            f"{'' if d['monotone'] else 'not '}monotone in the entropy, and highest in decile "
-            f"{d['highest']}. (Paper, Qwen3-8B: ratio 139, highest in decile 10.)</p>"
-        )
-        text += table(head, rows)
+        text += f"<p>{name}tokens{trend_of(d)}.</p>" + table(head, rows)
     return text
+
+
+def trend_of(d: dict) -> str:
+    """How the gap moves over the deciles; nothing of a few tokens, which leave some empty."""
+    if min(d["count"]) == 0:
+        return ""
+    return (
+        f", top to bottom decile: {shorten(d['top_to_bottom'])}. The gap is "
+        f"{'' if d['monotone'] else 'not '}monotone in the entropy, and highest in decile "
+        f"{d['highest']}. (Paper, Qwen3-8B: ratio 139, highest in decile 10)"
+    )
 
 
 def regimes_text(summary: dict) -> str:

@@ -168,11 +168,12 @@ def first_pass(
     V = 0
     longest = 0
     for part in read_tokens(path, ("rollout", "position", "token_id", "entropy")):
-        disordered = part["rollout"][0] < R or (np.diff(part["rollout"]) < 0).any()
+        steps = np.diff(part["rollout"])
+        disordered = part["rollout"][0] != R or not np.isin(steps, (0, 1)).all()
         if disordered or (part["token_id"] < 0).any():
             fail(
-                f"--tokens {path}: rollouts must be numbered in order, from 0, and token ids not "
-                "be negative"
+                f"--tokens {path}: rollouts must be numbered in order, from 0 and without a gap, "
+                "and token ids not be negative"
             )
         H.append(part["entropy"])
         result.append(follows(part, text, result_after))
@@ -251,8 +252,9 @@ def decile_summary(tables: dict[tuple[str, str], np.ndarray], kind: str) -> dict
         row[name] = {"mean": mean, "low": low, "high": high}
         if name == "gap":
             row["top_to_bottom"] = ratio(mean, drawn, 9, 0)
-            row["highest"] = int(mean.argmax()) + 1
-            row["monotone"] = bool((np.diff(mean) >= 0).all())
+            filled = np.flatnonzero(count.sum(0))  # below ten tokens not all ten
+            row["highest"] = int(filled[mean[filled].argmax()]) + 1
+            row["monotone"] = bool((np.diff(mean[filled]) >= 0).all())
     row["count"] = count.sum(0).astype(int)
     return row
 

@@ -27,6 +27,7 @@ from support.shared.options import check_rules
 SIX = ("aime24", "aime25", "hmmt25", "math500", "minerva", "gsm8k")
 MAIN_TABLE = {"qwen3-4b": "2", "qwen3-8b": "3", "acereason-7b": "A4", "olmo3-7b": "A5"}
 BULKY = ("samples", "settings")  # of a run, and no part of its summary
+ALL_SIX = " (its six benchmarks)"  # of a published average beside fewer benchmarks of ours
 NOT_A_DIFFERENCE = (*FREE, "weights", "adapter_weights", "benchmarks")
 
 
@@ -58,7 +59,7 @@ def compare(out: Path, folders: tuple[str, ...], published: str) -> None:
     last = last_of_each_training(runs)
     text = accuracy_text(runs, paper, names)
     text += difference_text(runs, names)
-    text += steps_text(runs, model)
+    text += steps_text(runs, model, names)
     text += sweep_text(last, model, names)
 
     make_folder(out)
@@ -169,10 +170,20 @@ def paper_row(row: dict, names: list[str]) -> list[str]:
     if not all_six and {*names} <= {*row}:
         mean = statistics.fmean(map(row.get, names))
         return [label, *cells, show(mean), "", ""]
-    if not all_six:
-        label += " (its six benchmarks)"
+    if not all_six and "avg" in row:
+        label += ALL_SIX
     length = show(row.get("length"), digits=0)
     return [label, *cells, show(row.get("avg")), length, show(row.get("eff"))]
+
+
+def lines_of_paper(rows: list[dict], names: list[str]) -> list[list[str]]:
+    """The table rows of those that say anything about these benchmarks."""
+    lines = []
+    for row in rows:
+        line = paper_row(row, names)
+        if any(line[1:]):
+            lines.append(line)
+    return lines
 
 
 def accuracy_text(runs: list[dict], paper: list[dict], names: list[str]) -> str:
@@ -180,8 +191,7 @@ def accuracy_text(runs: list[dict], paper: list[dict], names: list[str]) -> str:
     rows = []
     for run in runs:
         rows.append(our_row(run["label"], run))
-    for row in paper:
-        rows.append(paper_row(row, names))
+    rows += lines_of_paper(paper, names)
     text = "Accuracy in %, +- one standard error\n\n" + table(header, rows)
     unlike = []
     for key in runs[0]["settings"]:
@@ -202,7 +212,7 @@ def difference_text(runs: list[dict], names: list[str]) -> str:
         run["differences"] = differences_to(first, run, names)
         cells = []
         for name, (difference, se, *_) in run["differences"].items():
-            clear = se is not None and abs(difference) > 2 * se
+            clear = se is None or abs(difference) > 2 * se  # of one problem nothing is known
             digits = 1 if name == "tokens" else 2
             cells.append(show(difference, se, digits, "+") + ("  " if clear else " ~"))
         rows.append([run["label"], *cells])
@@ -242,7 +252,7 @@ def mean_difference(parts: list[tuple]) -> tuple[float, float | None]:
     return combine(list(means), list(errors))
 
 
-def steps_text(runs: list[dict], model: str) -> str:
+def steps_text(runs: list[dict], model: str, names: list[str]) -> str:
     """Avg. over the training steps at which a run was evaluated."""
     trainings = by_training(runs)
     steps = set()
@@ -263,7 +273,8 @@ def steps_text(runs: list[dict], model: str) -> str:
     if len(steps) == 4:
         for row in paper_rows(model, ["4"]):
             snapshots = row["S1"], row["S2"], row["S3"], row["S4"]
-            rows.append([row["label"], *map(show, snapshots)])
+            label = row["label"] + ("" if {*names} == {*SIX} else ALL_SIX)
+            rows.append([label, *map(show, snapshots)])
     header = ["training"]
     for n, step in enumerate(steps, 1):
         header.append(f"S{n}: {step}")
@@ -278,8 +289,7 @@ def sweep_text(last: dict[tuple, dict], model: str, names: list[str]) -> str:
     rows = []
     for run in last.values():
         rows.append(our_row(f"{unlike(run, last.values())}, step {run['step']}", run))
-    for row in paper_rows(model, ["6", "A3"]):
-        rows.append(paper_row(row, names))
+    rows += lines_of_paper(paper_rows(model, ["6", "A3"]), names)
     return "\nLast step of each training (Tables 6, A3)\n\n" + table(header, rows)
 
 
@@ -291,10 +301,13 @@ def frontier_points(runs: list[dict], paper: list[dict], names: list[str]) -> li
     points = []
     for run in runs:
         points.append({**run, "ours": True})
+    methods = column(paper, "method")
     for row in paper:
         if "eff" in row and {*names} == {*SIX}:
-            point = {"label": f"{row['method']} (paper)", "length": row["length"]}
-            point["accuracy"] = row["avg"]
+            about = row["method"]
+            if methods.count(about) > 1:  # gamma and W tell them apart
+                about = row["label"].partition(": ")[2]
+            point = {"label": f"{about} (paper)", "length": row["length"], "accuracy": row["avg"]}
             points.append({**point, "length_se": None, "se": None, "ours": False})
     return points
 

@@ -162,6 +162,10 @@ def show(value: float | None, se: float | None = None, digits: int = 2, sign: st
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Markdown, aligned so that it reads on a screen too: first column left, others right."""
+    lines = []
+    for row in (header, *rows):
+        lines.append([cell.replace("|", r"\|") for cell in row])  # of a folder's name, say
+    header, *rows = lines
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     rule = ["-" * widths[0]]
     for width in widths[1:]:
@@ -192,7 +196,10 @@ def report(out: Path) -> None:
     if missing:
         for name in ("summary.json", "table.md"):  # of samples that are gone
             remove(out / name)
-        say(f"{out} lacks {missing} samples, no table yet. Its original command goes on")
+        say(
+            f"{out} lacks {missing} samples, no table yet. Its original command goes on, "
+            f"with --grader {settings['grader']}"
+        )
         return
     scores = run_scores(grouped(rows, lambda row: row["benchmark"]), settings["problems"])
     text = report_text(scores, settings)
