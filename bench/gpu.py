@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,8 @@ class Options:
     rehearse: bool = opt("what", False, "on a CPU, with tiny shapes")
     shapes: str = opt("what", "qwen3-4b,qwen3-8b", "random models, with commas")
     steps: int = opt("what", 20, "of the loop")
+    tflops: float = opt("what", 0.0, "peak of a GPU that bench/limits.py has no data sheet of")
+    gbps: float = opt("what", 0.0, "GB/s of its memory")
     out: str = opt("what", "runs/gpu", "models, runs and results")
 
 
@@ -98,7 +101,12 @@ def work_of(o: Options) -> Work:
 
 
 def model_folder(shape: str, o: Options) -> Path:
-    return shapes.make_folder(shape, Path(o.out) / "models" / shape, device_of(o))
+    """Made once, by another process: this one would keep 15 GiB of the GPU while others need it."""
+    folder = Path(o.out) / "models" / shape
+    if not (folder / "config.json").exists():
+        options = ["--shape", shape, "--device", device_of(o).type]
+        call(o, "bench/shapes.py", *options, "--out", folder)
+    return folder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,21 +135,48 @@ def call(o: Options, *command: object, processes: int = 1) -> str:
         for line in program.stdout:  # as it comes: of a part that is cut off, the log tells how far
             print(line, end="", flush=True)
             lines.append(line)
+    stop_at_the_limit()
     if program.returncode:
         name = " ".join(map(str, command[:3]))
         raise RuntimeError(f"{name} ended with status {program.returncode}")
     return "".join(lines)
 
 
+# SIGTERM, once it has come. `timeout` sends it to this process and to the part's programs alike,
+# and takes the part for ended when this process ends: so this one waits for its programs.
+_signals: list[int] = []
+
+
+def note_signal(number: int, _: object) -> None:
+    _signals.append(number)
+
+
+def stop_at_the_limit() -> None:
+    if _signals:
+        raise TimeoutError("it came to its time limit")
+
+
 def gpus(o: Options) -> int:
     return 1 if o.rehearse else torch.cuda.device_count()
 
 
+def run_tests(o: Options, file: str) -> str:
+    output = call(o, "-m", "pytest", "-m", "gpu", "-rs", f"tests/{file}")
+    return re.findall(r"\d+ (?:passed|skipped).* in ", output)[-1][:-4]
+
+
 def part_tests(o: Options) -> Rows:
-    """pytest -m gpu, in bfloat16."""
+    """What one GPU shows, in bfloat16."""
     device_of(o)
-    output = call(o, "-m", "pytest", "-m", "gpu", "-rs", "tests/test_gpu.py")
-    yield "tests with a GPU", re.findall(r"\d+ (?:passed|skipped).* in ", output)[-1][:-4]
+    yield "tests with a GPU", run_tests(o, "test_gpu.py")
+
+
+def part_ranks(o: Options) -> Rows:
+    """What several GPUs add: the same step, spread layers, shared engines, a rank that dies."""
+    device_of(o)
+    if not o.rehearse and gpus(o) < 2:
+        raise Skipped("there is one GPU")
+    yield "tests with several GPUs", run_tests(o, "test_gpus.py")
 
 
 def part_engine(o: Options) -> Rows:
@@ -249,24 +284,36 @@ def part_loop(o: Options) -> Rows:
         call(o, *run_options(shape, o, work.steps), processes=gpus(o))
         out = Path(o.out) / f"run-{shape}"
         log = limits.rows_of(out / "log.jsonl")
-        found = limits.analyse_run(out, card_options(o))
-        engine = json.loads((out / "versions.json").read_text())["engine"]
-        size = f"{work.batch} rollouts of {work.completion} tokens, {engine}"
+        about = json.loads((out / "versions.json").read_text())
+        size = f"{work.batch} rollouts of {work.completion} tokens, {about['engine']}"
         yield f"{shape}: {work.steps} steps", size
         for phase in ("rollout", "passes", "update"):
-            figure = f"{found[phase]:.3f} s, at least {found[f'{phase}_least']:.2g} s"
-            yield f"{shape}: {phase}", figure
-        yield f"{shape}: MFU of the passes", f"{found['mfu']:.1%}"
-        yield f"{shape}: bandwidth while rolling out", f"{found['decode_share']:.1%}"
+            seconds = statistics.median(r["seconds"][phase] for r in log[1:] or log)
+            yield f"{shape}: {phase}", f"{seconds:.3f} s"
         yield f"{shape}: peak memory", f"{max(r['memory_gib'] for r in log):.1f} GiB"
         yield f"{shape}: canary", f"{statistics.median(r['canary'] for r in log):.1e} nats"
-        yield f"{shape}: what first", found["advice"]
+        if limits.find_gpu(card_options(o), about["device"]):
+            yield from beside_limits(shape, limits.analyse_run(out, card_options(o)))
+        else:
+            yield f"{shape}: MFU", f"{NO_SHEET} bench/limits.py --run {out} {GIVE_IT}"
+
+
+def beside_limits(shape: str, found: dict) -> Rows:
+    for phase in ("rollout", "passes", "update"):
+        yield f"{shape}: {phase}, at least", f"{found[f'{phase}_least']:.2g} s"
+    yield f"{shape}: MFU of the passes", f"{found['mfu']:.1%}"
+    yield f"{shape}: bandwidth while rolling out", f"{found['decode_share']:.1%}"
+    yield f"{shape}: what first", found["advice"]
+
+
+NO_SHEET = "no data sheet of this GPU: python"
+GIVE_IT = "--tflops X --gbps Y"
 
 
 def card_options(o: Options) -> limits.Options:
     if o.rehearse:
         return limits.Options(tflops=0.05, gbps=10)  # two cores, about
-    return limits.Options()
+    return limits.Options(tflops=o.tflops, gbps=o.gbps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,7 +392,7 @@ def part_passes(o: Options) -> Rows:
     """Both passes of one GPU's share of a step: seconds, MFU, peak memory and its estimate."""
     device = device_of(o)
     work = work_of(o)
-    _, card = limits.gpu_of(card_options(o), console_name(device))
+    card = limits.find_gpu(card_options(o), console_name(device))
     for shape in work.shapes:
         rollouts = fixed_rollouts(shape, work)
         lengths = [(work.prompt, work.teacher_prompt, work.completion)] * work.rows
@@ -360,8 +407,11 @@ def part_passes(o: Options) -> Rows:
             targets = models.layer_names(s.lora_targets)
             skeleton = limits.skeleton_of(shape)
             m = sizes.sizes_of(skeleton, targets, s.lora_r)
-            mfu = limits.passes_flops(m, lengths) / seconds / (card.tflops * 1e12)
-            yield f"{shape}{name}: MFU", f"{mfu:.1%}"
+            figure = f"{NO_SHEET} bench/gpu.py --part passes {GIVE_IT}"
+            if card:
+                mfu = limits.passes_flops(m, lengths) / seconds / (card[1].tflops * 1e12)
+                figure = f"{mfu:.1%}"
+            yield f"{shape}{name}: MFU", figure
             tile = egrsd.VOCAB_TILE[device.type]
             estimate = sizes.estimator(skeleton, device, targets, s.lora_r, 0, 0, tile, gpus=1)
             options = s.micro_batch_tokens, s.gradient_checkpointing, s.head_chunk, s.shard
@@ -478,6 +528,7 @@ PARTS = {  # in the order of gpu.sh: what everything else needs comes first
     "engine": part_engine,
     "canary": part_canary,
     "passes": part_passes,
+    "ranks": part_ranks,
     "loop": part_loop,
     "rollout": part_rollout,
     "update": part_update,
@@ -496,10 +547,12 @@ def run_part(o: Options) -> None:
     began = time.perf_counter()
     cut = "it did not end: the time limit, or a kill"
     result = {"part": o.part, "status": "failed", "why": cut, "rows": []}
+    write_result(o, result)
     try:
         for row in PARTS[o.part](o):
             result["rows"].append(row)
             write_result(o, result)  # what comes after may fail, or take too long
+            stop_at_the_limit()
         result.update(status="done", why="")
     except Skipped as reason:
         result.update(status="skipped", why=str(reason))
@@ -526,11 +579,13 @@ def write_result(o: Options, result: dict) -> None:
 def show_table(o: Options) -> None:
     """Markdown for README, with the device's name and the versions."""
     found = {}
+    asked = os.environ.get("PARTS", "").split() or PARTS  # of gpu.sh
     for name in PARTS:
         path = Path(o.out) / "results" / f"{name}.json"
-        found[name] = {"status": "failed", "why": "it left no result: time limit, or killed"}
         if path.exists():
             found[name] = json.loads(path.read_text())
+        elif name in asked:
+            found[name] = {"status": "failed", "why": "it left no result: time limit, or killed"}
     devices = {r["device"] for r in found.values() if "device" in r}
     title = ", ".join(sorted(devices)) or "no device"
     if o.rehearse:
@@ -559,6 +614,7 @@ def main() -> None:
     elif o.table:
         show_table(o)
     elif o.part in PARTS:
+        signal.signal(signal.SIGTERM, note_signal)
         run_part(o)
     else:
         parser.error(f"--part is one of {', '.join(PARTS)}; or --table")

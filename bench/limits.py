@@ -222,19 +222,24 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def gpu_of(o: Options, device: str) -> tuple[str, Gpu]:
-    """By --tflops and --gbps, by --gpu, or by the name of the run's device."""
+def find_gpu(o: Options, device: str) -> tuple[str, Gpu] | None:
+    """By --tflops and --gbps, by --gpu, or by the name of the device; None: no sheet is here."""
     if o.tflops and o.gbps:
         return f"{o.tflops} TFLOP/s, {o.gbps} GB/s", Gpu(0, o.tflops, o.gbps / 1e3, 0, 0)
     words = device.lower().replace("rtx 4090", "rtx4090").replace("-", " ").split()
     other = {"pcie", "nvl", "40gb"} & {*words}  # slower ones of the same name
     found = o.gpu or next((gpu for gpu in GPUS if gpu in words and not other), "")
+    return (found, GPUS[found]) if found else None
+
+
+def gpu_of(o: Options, device: str) -> tuple[str, Gpu]:
+    found = find_gpu(o, device)
     if not found:
         console.fail(
             f"the run's device is {device!r}, which has no data sheet here: name one with --gpu, "
             "or its peak and its memory's bandwidth with --tflops X --gbps Y"
         )
-    return found, GPUS[found]
+    return found
 
 
 def lengths_of(run: Path, settings: dict) -> dict[int, list[tuple[int, int, int]]]:

@@ -82,9 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
     parser.add_argument("--out", type=Path, required=True)
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=there)
     given = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(make_folder(given.shape, given.out, device))
+    print(make_folder(given.shape, given.out, torch.device(given.device)))
 
 
 if __name__ == "__main__":

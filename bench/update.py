@@ -589,6 +589,9 @@ def start(case: str, o: Options) -> dict | list | str:
         else:
             command.append(f"--{name}={value}")
     env = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
+    # A Trainer takes all GPUs that its process sees: TRL's GRPOTrainer refuses to have several, the
+    # others split the rows over them.
+    env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if o.own_time:
         env[OWN_TIME] = "1"
     done = subprocess.run(command, capture_output=True, text=True, env=env)

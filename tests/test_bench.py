@@ -5,13 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, ROOT, SMALL, run
+from helpers import CPU, ROOT, SMALL, alive, run
 
 import egrsd
-from bench import gpu, shapes
+from bench import gpu, limits, rollout, shapes, update
 from support.training import journal
 
 
@@ -81,7 +83,61 @@ def test_the_script_goes_on_after_a_part_that_takes_too_long(tmp_path) -> None:
     script = [str(ROOT / "bench" / "gpu.sh"), "--rehearse", "--out", str(tmp_path)]
     done = subprocess.run(script, capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "failed: loop sweep" in done.stderr
-    assert "| sweep | failed | it left no result" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "| sweep | failed | it left no result" in table and "| tests |" not in table
+
+
+# What a part runs. `timeout`, whose process group this is, takes SIGTERM as the end of the time.
+PROGRAM = """
+import os, signal, subprocess, sys, time
+how, file = sys.argv[1:]
+if how == "parent":  # as pytest or bench/rollout.py: it ends, and what it has started does not
+    subprocess.run([sys.executable, __file__, "deaf", file], capture_output=True)
+if how == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if how == "polite":  # as egrsd.py, which saves and ends
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+open(file, "w").write(str(os.getpid()))
+os.kill(os.getpgrp(), signal.SIGTERM)
+time.sleep(1_000)
+"""
+WITH_PARTS = """
+import sys
+sys.path.insert(0, {root!r})
+from bench import gpu
+
+def part_of(how):
+    def part(o):
+        gpu.call(o, {program!r}, how, o.out + "/" + how)
+        yield "and then", "it went on"
+    return part
+
+gpu.PARTS = {{how: part_of(how) for how in ("deaf", "parent", "polite")}}
+gpu.main()
+"""
+
+
+def test_what_a_part_has_started_is_gone_at_the_end_of_its_time(tmp_path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    driver = tmp_path / "driver.py"
+    driver.write_text(WITH_PARTS.format(root=str(ROOT), program=str(program)))
+    python = tmp_path / "bin" / "python"  # in the place of `python bench/gpu.py`
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/bash\nshift\nexec {sys.executable} {driver} "$@"\n')
+    python.chmod(0o755)
+    env = {**os.environ, "GRACE": "3", "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    script = [str(ROOT / "bench" / "gpu.sh"), "--rehearse", "--out", str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and "failed: deaf parent polite" in done.stderr
+    for how in ("deaf", "parent", "polite"):
+        until = time.monotonic() + 5  # SIGKILL takes a moment
+        while alive(int((tmp_path / how).read_text())):
+            assert time.monotonic() < until, how
+            time.sleep(0.05)
+        result = json.loads((tmp_path / "results" / f"{how}.json").read_text())
+        assert result["status"] == "failed" and "time limit" in result["why"], result
+        assert not result["rows"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -105,6 +161,66 @@ def test_a_random_model_is_made_once_and_is_the_limits_shape(tmp_path) -> None:
     )
 
 
+def test_random_models_are_made_by_another_process(tmp_path, monkeypatch) -> None:
+    """This one would keep the GPU's memory while others need it."""
+    monkeypatch.setattr(shapes, "random_model", lambda *_: pytest.fail("made in this process"))
+    folder = gpu.model_folder("rehearsal", rehearsal(tmp_path))
+    assert (folder / "model.safetensors").exists()
+    commands = []
+
+    def note(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.setattr(gpu, "call", lambda *_: pytest.fail("made again"))
+    assert gpu.model_folder("rehearsal", rehearsal(tmp_path)) == folder
+    rollout.make_model("rehearsal", folder)
+    assert not commands
+    rollout.make_model("rehearsal", tmp_path / "other")
+    assert commands[0][-4:] == ["--shape", "rehearsal", "--out", str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="rehearsal could not be made"):
+        rollout.make_model("rehearsal", tmp_path / "other")
+
+
+def test_each_case_of_an_update_sees_one_gpu(monkeypatch) -> None:
+    seen = []
+
+    def note(command, env, **_):
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(returncode=0, stdout='"done"')
+
+    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    update.start("trl", update.Options())
+    for visible in ("3,1", "GPU-1a,GPU-2b", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        update.start("trl", update.Options())
+    assert seen == ["0", "3", "GPU-1a", ""]
+
+
+def test_of_a_gpu_without_a_data_sheet_all_is_measured_but_the_share_of_its_peak(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(gpu, "card_options", lambda o: limits.Options(tflops=o.tflops))
+    monkeypatch.setattr(gpu, "call", lambda *_, **__: "")  # the loop has run:
+    out = tmp_path / "run-rehearsal"
+    out.mkdir()
+    row = {"seconds": {"rollout": 1, "passes": 2, "update": 3}, "memory_gib": 0.5, "canary": 1e-6}
+    (out / "log.jsonl").write_text(json.dumps(row))
+    (out / "versions.json").write_text('{"engine": "hf", "device": "NVIDIA GH200 480GB"}')
+    rows = {}
+    for part in ("passes", "loop"):
+        gpu.run_part(rehearsal(tmp_path, part))
+        result = json.loads((tmp_path / "results" / f"{part}.json").read_text())
+        assert result["status"] == "done"
+        rows[part] = dict(result["rows"])
+        assert "no data sheet" in rows[part]["rehearsal: MFU"]
+    assert f"limits.py --run {out} --tflops X --gbps Y" in rows["loop"]["rehearsal: MFU"]
+    assert rows["loop"]["rehearsal: passes"] == "2.000 s"
+    assert "GiB" in rows["passes"]["rehearsal, checkpointing: peak"]
+
+
 def test_curves_take_a_fiftieth_of_the_time_and_are_drawn_at_the_end(tmp_path, monkeypatch) -> None:
     now = 0.0
     drawn = []
@@ -116,7 +232,8 @@ def test_curves_take_a_fiftieth_of_the_time_and_are_drawn_at_the_end(tmp_path, m
 
     monkeypatch.setattr(journal, "draw_curves", draw)
     monkeypatch.setattr(journal.time, "perf_counter", lambda: now)
-    settings = {"steps": 400, "wandb": "", "max_grad_norm": 0.1, "max_length": 256}
+    settings = {"steps": 400, "max_grad_norm": 0.1, "max_length": 256}
+    settings.update(wandb="", curves=True)
     notebook = journal.open_journal(tmp_path, [], settings, 0)
     row = dict.fromkeys(notebook.curves, 1.0)
     row.update(skipped_prompts=[], seconds=dict.fromkeys(journal.PHASES, 0.1))

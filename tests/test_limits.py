@@ -173,8 +173,11 @@ def test_what_cannot_be_held_against_a_limit_is_refused_with_a_sentence(measured
     assert limits.gpu_of(limits.Options(), "NVIDIA H100 80GB HBM3")[0] == "h100"
     assert limits.gpu_of(limits.Options(), "NVIDIA GeForce RTX 4090")[0] == "rtx4090"
     for other in ("NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA A100-PCIE-40GB"):
+        assert limits.find_gpu(limits.Options(), other) is None
         with pytest.raises(SystemExit, match="no data sheet"):
             limits.gpu_of(limits.Options(), other)
+        given = limits.Options(tflops=835, gbps=3_900)
+        assert limits.find_gpu(given, other)[1].tb_s == 3.9
     (measured_run / "rollouts.jsonl").unlink()
     with pytest.raises(SystemExit, match="there is no rollouts.jsonl"):
         limits.analyse_run(measured_run, limits.Options(gpu="h100"))
