@@ -1,5 +1,6 @@
 """Fixtures that several test files share, each made once."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run within a test takes Ctrl-C and SIGTERM for itself: give them back."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
