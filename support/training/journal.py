@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -290,7 +291,7 @@ MOST_POINTS = 500  # of a curve: drawing a long log takes no longer than a short
 
 def thin(values: array) -> Tensor:
     """Means of consecutive values, without NaN among them; the values themselves while few."""
-    points = torch.tensor(values, dtype=torch.float64)
+    points = torch.from_numpy(np.array(values))  # one copy; torch.tensor reads value by value
     width = math.ceil(len(points) / MOST_POINTS)
     if width <= 1:
         return points
