@@ -161,6 +161,9 @@ def test_without_its_settings_a_run_goes_on_with_those_of_its_checkpoint(how, ru
     s = egrsd.parse_settings(["--resume", "--out", str(run)])
     assert (s.lr, s.steps) == (0.002, 9)
     assert "settings.json is not that of its checkpoint (lr)" in capsys.readouterr().out
+    (run / "settings.json").write_text(json.dumps({**settings, "curves": "no"}))
+    with pytest.raises(SystemExit, match="settings.json: curves is 'no', which is no bool"):
+        egrsd.parse_settings(["--resume", "--out", str(run)])
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "rollouts.jsonl"])

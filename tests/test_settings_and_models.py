@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from helpers import (
     CPU,
     ROOT,
@@ -13,7 +14,13 @@ from helpers import (
 )
 
 import egrsd
-from support.shared.models import check_head, load_base, load_tokenizer, refuse_big_model_on_cpu
+from support.shared.models import (
+    check_head,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+    refuse_big_model_on_cpu,
+)
 
 
 def test_defaults_are_table_a1_and_presets_set_what_goes_with_the_model() -> None:
@@ -100,6 +107,9 @@ def test_bad_models_end_with_a_sentence(tmp_path) -> None:
         file.truncate(5 << 30)  # five sparse GiB: as big as a model of 2.7 billion parameters
     with pytest.raises(SystemExit, match="needs a GPU"):
         refuse_big_model_on_cpu(str(tmp_path), CPU)
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="no num_key_value_heads.*built like those of Llama"):
+        load_skeleton(str(tmp_path))
     for targets in ("q_proj,c_attn", "q_proj,", "self_attn", "lm_head"):
         s = tiny_settings("--lora_targets", targets)
         with pytest.raises(

@@ -161,6 +161,12 @@ def load_skeleton(model: str, trust_remote_code: bool = False):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         fail(f"--model {model} cannot be loaded ({first_line(error)})")
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"):
+        if getattr(config.get_text_config(), name, None) is None:
+            fail(
+                f"--model {model}: its configuration has no {name}. What can be trained are "
+                "decoders that are built like those of Llama, Qwen and Olmo"
+            )
     with contextlib.suppress(OSError):  # not every model has one; the config knows the end token
         skeleton.generation_config = GenerationConfig.from_pretrained(model)
     return skeleton

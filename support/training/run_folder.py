@@ -69,7 +69,15 @@ def saved_settings(
     found = {**kept, **saved, **fixed}
     if not found:
         return {}
-    return {name: found.get(name, default) for name, default in defaults.items()}
+    values = {name: found.get(name, default) for name, default in defaults.items()}
+    for name, default in defaults.items():
+        number = isinstance(default, float) and type(values[name]) is int  # JSON need not tell them
+        if type(values[name]) is not type(default) and not number:
+            fail(
+                f"{path}: {name} is {values[name]!r}, which is no {type(default).__name__}: "
+                "somebody has edited it"
+            )
+    return values
 
 
 def open_run(out: Path, resume: bool, overwrite: bool, settings: dict) -> Path | None:
