@@ -94,13 +94,16 @@ METHOD_OPTIONS = {
     # method. With that, and Appendix B's whitening, what is left of GRPO is --method rlsd --eps 0.
     "grpo": ["--rollouts_per_prompt", "8"],
     # CRISP; Table A1's "fixed teacher" for every method would be --teacher frozen.
-    "crisp": ["--divergence", "reverse", "--teacher", "copy", "--teacher_every", "50"],
+    "crisp": [
+        *("--divergence", "reverse", "--teacher", "copy", "--teacher_every", "50"),
+        *("--teacher_prompt", CONCISE_PROMPT),
+    ],
 }
 
 
 @dataclasses.dataclass
 class ComparisonSettings(Settings):
-    method: str = opt("comparison", "egrsd", "what trains", *METHODS)
+    method: str = opt("comparison", "egrsd", "what trains", *METHODS)  # ours
     control: str = opt("comparison", "none", "one thing changed about EGRSD", *CONTROLS)  # ours
     gamma_schedule: str = opt(
         "comparison",
@@ -123,7 +126,6 @@ class ComparisonSettings(Settings):
         0.0,
         "cap on a token's and vocabulary entry's term, 0: none; OPSD's script: 0.05",
     )  # OPSD
-    concise_prompt: str = opt("comparison", CONCISE_PROMPT, "what CRISP's teacher is asked")  # ours
     exposure: float = opt(
         "comparison", -1.0, "share of the reference that ATESD's teacher sees; -1: it learns it"
     )  # ATESD
@@ -147,16 +149,22 @@ def parse_comparison(argv: list[str]) -> ComparisonSettings:
     name = seen.method if seen.control == "none" else f"{seen.method}-{seen.control}"
     out = seen.out or f"runs/{seen.preset}-{name}"
     defaults = ["--out", out]
-    goes_on = seen.resume and run_folder.was_begun(Path(out))
-    if not goes_on:  # else all is the run's own
+    begun = run_folder.method_begun(Path(out)) if seen.resume else None
+    if begun is None:  # else all is the run's own
         defaults += METHOD_OPTIONS.get(seen.method, [])
     s = parse_settings([*defaults, *argv], ComparisonSettings, "baselines.py", __doc__)
+    if begun not in (None, s.method):
+        fail(
+            f"{out} was begun with --method {begun}: --overwrite deletes it, --out names another "
+            "folder"
+        )
     check_rules(rules_of(s), fail)
     return s
 
 
 def rules_of(s: ComparisonSettings) -> list[tuple[object, str]]:
     gated = s.method == "egrsd"
+    defaults = ComparisonSettings()
     return [
         (
             s.method == "none" and s.steps,
@@ -217,14 +225,29 @@ def rules_of(s: ComparisonSettings) -> list[tuple[object, str]]:
             "--jsd_beta must be between 0 and 1, and --kl_clamp not negative",
         ),
         (
-            "{problem}" not in s.concise_prompt or "{solution}" in s.concise_prompt,
-            "--concise_prompt must hold {problem} and not {solution}",
+            s.jsd_beta != defaults.jsd_beta and s.divergence != "jsd",
+            "--jsd_beta is for --divergence jsd",
+        ),
+        (
+            s.gamma_steps != defaults.gamma_steps and s.gamma_schedule == "constant",
+            "--gamma_steps is for --gamma_schedule up or down",
+        ),
+        (
+            s.teacher_alpha != defaults.teacher_alpha and s.teacher != "ema",
+            "--teacher_alpha is for --teacher ema",
+        ),
+        (
+            s.method == "crisp"
+            and ("{problem}" not in s.teacher_prompt or "{solution}" in s.teacher_prompt),
+            "--method crisp: --teacher_prompt must hold {problem} and not {solution}",
         ),
     ]
 
 
 def use_method(run: SimpleNamespace, s: ComparisonSettings) -> None:
     """Put the method into `run`, for egrsd.train(). Algorithm 1 itself stays as it is."""
+    if s.method not in TAUGHT:
+        del run.roles["teacher"]
     if s.teacher != "frozen":
         # A second adapter on the same backbone. At first it is the student's: both are the base.
         for name, p in trainable(run.model).items():
@@ -466,7 +489,7 @@ def gate_of_control(H: Tensor, lengths: Tensor, gamma: float, s: ComparisonSetti
         return torch.cat(rows)
     omega = gate_of_step(H, lengths, gamma, s.W)
     if s.control == "inverted":
-        return 1.1 - omega  # from 0.1 where the teacher is certain up to 1 where it is not
+        return 1.1 - omega  # 0.1 where the teacher is certain, at most 0.1 + gamma where it is not
     return omega
 
 
@@ -602,7 +625,8 @@ def distil(
     M = tokens_of_step(rollouts)
     head = models.head_of(model)
     terms = divergence_terms(s)
-    show_the_teacher(run, mine, s, step)
+    if s.method == "atesd":
+        expose_references(run, mine, s, step)
     hiddens = []
     with torch.no_grad(), teaching(run, s, step):
         for part in micro_batches(mine, "teacher_prompt_ids", s.micro_batch_tokens):
@@ -622,31 +646,23 @@ def distil(
     return mine, tokens
 
 
-def show_the_teacher(
+def expose_references(
     run: SimpleNamespace, mine: list[dict], s: ComparisonSettings, step: int
 ) -> None:
-    """Put into teacher_prompt_ids what this method's teacher sees; OPSD's is EGRSD's."""
-    if s.method == "opsd":
-        return
-    prompt = s.teacher_prompt
+    """Put into teacher_prompt_ids what ATESD's teacher sees: a part of the reference."""
     share = s.exposure
-    if s.method == "crisp":
-        prompt = s.concise_prompt
-    elif share == -1:
+    if share == -1:
         share = exposure.choose(run.kept, s.seed, step)
+    run.figures["exposure"] = share
     for r in mine:
-        seen = r
-        if s.method == "atesd":
-            seen = {**r, "solution": exposure.expose(r["solution"], r["answer"], share)}
-        text = data.fill(prompt, seen)
+        part = exposure.expose(r["solution"], r["answer"], share)
+        text = data.fill(s.teacher_prompt, {**r, "solution": part})
         r["teacher_prompt_ids"] = data.encode_prompt(run.tokenizer, text, s.thinking)
         if len(r["teacher_prompt_ids"]) + s.max_completion > s.max_length:
             fail(
-                f"problem {r['id']}: what --method {s.method} shows the teacher exceeds "
-                f"--max_length {s.max_length}: raise it, or leave the problem out"
+                f"problem {r['id']}: a part of its reference exceeds --max_length {s.max_length}, "
+                "which the whole does not: raise it, or leave the problem out"
             )
-    if s.method == "atesd":
-        run.figures["exposure"] = share
 
 
 def learn_exposure(

@@ -193,6 +193,8 @@ def as_options(saved: dict) -> list[str]:
         name = field.name
         if name not in saved or name in ("out", "resume", "overwrite", "wandb"):
             continue
+        if name == "trust_remote_code":  # no folder may say that
+            continue
         value = saved[name]
         if isinstance(value, bool):
             options.append(f"--{name}" if value else f"--no-{name}")

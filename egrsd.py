@@ -143,11 +143,12 @@ class Settings:
     data: str = opt(
         "data", "siyanzhao/Openthoughts_math_30k_opsd", "hub id, or .json, .jsonl or .parquet file"
     )  # Appendix D
-    split: str = opt("data", "train", "split of a hub dataset")  # ours: it has no other
+    split: str = opt("data", "train", "its split, if it is on the hub")  # ours: it has no other
     problem_column: str = opt("data", "problem", "column with x (in any case)")  # Appendix D
     solution_column: str = opt("data", "solution", "column with s*, the reference")  # Appendix D
     answer_column: str = opt("data", "Answer", "column with the answer for the reward")  # ours
     eval_data: str = opt("data", "", "held-out problems, answered before and after")  # ours
+    eval_split: str = opt("data", "test", "their split, if they are on the hub")  # ours
     eval_before: bool = opt("data", True, "answer them before training too")  # ours
     check_data: bool = opt("data", False, "report on the data, and end: no model, no run")  # ours
     student_prompt: str = opt("data", STUDENT_PROMPT, "what the student is asked")  # D7
@@ -380,19 +381,6 @@ def cache_tokens(s: Settings, tp: int) -> int:
     return max(s.max_length, in_flight)
 
 
-EVALUATED_AT_ONCE = 256  # ours: problems, over all ranks; the bar moves after each batch
-PROMPT = 256  # ours: tokens of a prompt, where memory is estimated before any is known
-
-
-def generate_tokens(s: Settings) -> int:
-    """Tokens in the cache of transformers' generate, while it rolls out or evaluates."""
-    most = s.batch_size
-    if s.eval_data:
-        most = max(most, EVALUATED_AT_ONCE)
-    rows = math.ceil(most / processes.rank_and_world()[1])  # of one rank
-    return min(rows, engines.AT_ONCE) * (PROMPT + s.max_completion)
-
-
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as the largest rank
 
 
@@ -400,6 +388,8 @@ def start_vllm(
     model: str, device: torch.device, tp: int, max_length: int, lora_r: int = 0, **options: object
 ):
     """A vLLM engine inside this process, tensor-parallel over `tp` of torchrun's ranks."""
+    if lora_r > LORA_RANKS[-1]:
+        console.fail(f"an adapter of rank {lora_r}: vLLM serves ranks up to {LORA_RANKS[-1]}")
     on_gpu = device.type == "cuda"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of what we ask for
@@ -415,7 +405,7 @@ def start_vllm(
     if lora_r:
         options["enable_lora"] = True
         options["max_loras"] = 1
-        options["max_lora_rank"] = next((r for r in LORA_RANKS if r >= lora_r), lora_r)
+        options["max_lora_rank"] = min(r for r in LORA_RANKS if r >= lora_r)
     if processes.rank_and_world()[1] > 1:
         options["distributed_executor_backend"] = "external_launcher"  # torchrun's ranks
     return LLM(
@@ -1036,7 +1026,7 @@ def train(s: Settings, method: Callable[[SimpleNamespace, Settings], None] | Non
         run.position = position
         clock.append(processes.enter("saving"))
 
-        halt = any(processes.gather(run.stopped))  # the ranks may see a signal in different steps
+        halt = bool(processes.gather(run.stopped))  # the ranks may see a signal in different steps
         last = halt or step + 1 == s.steps
         save = last or (step + 1) % s.save_every == 0
         row = journal.log_row(step, rollouts, skipped, figures, clock, run.device)
@@ -1060,6 +1050,7 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace:
         start, position       first step to come; rows of the data gone through
         sampling              temperature, top_p, top_k of training
         roll_out, accumulate_gradient, kept, figures    see train()
+        roles                 whose prompts are shown at the start, and their keys
         out, checkpoint       the folder; what it goes on from, or None
         device, memory, began, stopped    this rank's; an estimate; when it began; signals that came
         fingerprints          of data, model and tokenizer, so that --resume goes on with the same
@@ -1101,6 +1092,7 @@ def load_run(s: Settings, method: Callable | None = None) -> SimpleNamespace:
     run.accumulate_gradient = accumulate_gradient
     run.kept = teacher_state(run.model)
     run.figures = {}
+    run.roles = {"student": "prompt_ids", "teacher": "teacher_prompt_ids"}
     if method:
         method(run, s)
     if s.shard:
@@ -1154,31 +1146,47 @@ def set_up(run: SimpleNamespace, s: Settings) -> None:
         tp = engines.tensor_parallel(s.rollout_tp, run.model.config)
     # To show and to probe with; the loop draws these problems again.
     batch, _, _ = next_problems(run.problems, run.tokenizer, s, run.position)
+    prompts = {role: batch[0][key] for role, key in run.roles.items()}
     files = opening.show_start(
-        settings, batch[0], run.tokenizer, f"{engine} ({why})", tp, run.device, run.memory
+        settings, prompts, run.tokenizer, f"{engine} ({why})", tp, run.device, run.memory
     )
     processes.enter("engine start")
     run.sample, run.push = start_engine(s, run.model, run.eos_ids, run.device, engine, tp)
     if engine == "vllm":
         enough = max(8, processes.rank_and_world()[1])  # ours: for a mean, and one for each rank
-        probe(run, batch[:enough], s)
+        probe(run, [batch[i % len(batch)] for i in range(enough)], s)
 
-    # From here on the run that was there may be deleted: this one has its engine.
+    wandb = journal.start_wandb(s.wandb, run.out, settings)
     rows = run_folder.clear_run(run.out, run.checkpoint, run.start, files)
-    run.journal = journal.open_journal(run.out, rows, settings, run.start)
+    run.journal = journal.open_journal(run.out, rows, settings, run.start, wandb)
     run.push()  # what step `start` rolls out with
-    # Not after a resume: then it would be the trained adapter's.
-    if run.held_out and s.eval_before and "before" not in run.summary and not run.start:
+    # Not after a resume: then it would be the trained adapter's. Nor where nothing is trained.
+    wanted = s.eval_before and s.steps and not run.start
+    if run.held_out and wanted and "before" not in run.summary:
         run.summary["before"] = evaluate("before", run, s)
         journal.write_summary(run.journal, run.summary)
+
+
+EVALUATED_AT_ONCE = 256  # ours: problems, over all ranks; the bar moves after each batch
+PROMPT = 256  # ours: tokens of a prompt, where memory is estimated before any is known
+
+
+def generate_tokens(s: Settings) -> int:
+    """Tokens in the cache of transformers' generate, while it rolls out or evaluates."""
+    most = s.batch_size
+    if s.eval_data:
+        most = max(most, EVALUATED_AT_ONCE)
+    rows = math.ceil(most / processes.rank_and_world()[1])  # of one rank
+    return min(rows, engines.AT_ONCE) * (PROMPT + s.max_completion)
 
 
 def estimate_memory(s: Settings, device: torch.device) -> dict[str, float]:
     """GiB of one process, from the model's configuration; exits if its GPU has less free."""
     skeleton = models.load_skeleton(s.model, s.trust_remote_code)
-    context = getattr(skeleton.config, "max_position_embeddings", math.inf)
+    models.refuse_other_decoders(skeleton, s.model)
+    context = models.context_of(skeleton.config)
     if s.max_length > context:
-        console.fail(f"--max_length {s.max_length}: --model {s.model} reads {context} tokens")
+        console.fail(f"--max_length {s.max_length}: --model {s.model} reads {context:.0f} tokens")
     tp = 0
     if engines.choose_engine(s.engine, device)[0] == "vllm":
         tp = engines.tensor_parallel(s.rollout_tp, skeleton.config)
@@ -1201,7 +1209,7 @@ def estimate_memory(s: Settings, device: torch.device) -> dict[str, float]:
 
 def load_held_out(tokenizer, columns: dict[str, str], s: Settings) -> list[dict]:
     """The problems of --eval_data with the student's prompts; all must count, so all must fit."""
-    rows = data.load_problems(s.eval_data, columns, s.split, "--eval_data")
+    rows = data.load_problems(s.eval_data, columns, s.eval_split, "--eval_data")
     too_long = []
     for row in rows:
         prompt = data.fill(s.student_prompt, row)
@@ -1218,7 +1226,11 @@ def load_held_out(tokenizer, columns: dict[str, str], s: Settings) -> list[dict]
 
 
 def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
-    """Accuracy in % and mean length in tokens on held-out rows: a sample each, T 1, top-p 0.95."""
+    """Accuracy in % and mean length in tokens on held-out rows: a sample each, T 1, top-p 0.95.
+
+    With training's --thinking and --max_completion: eval.py is for figures beside the paper's.
+    {} where the evaluation after training is told to stop.
+    """
     sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 0}  # section 5.1, which names no top-k
     rows = run.held_out
     right = 0
@@ -1226,6 +1238,8 @@ def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
     with console.progress(total=len(rows), desc=f"evaluate {name}", unit="problem") as bar:
         for start in range(0, len(rows), EVALUATED_AT_ONCE):
             processes.enter("evaluation")
+            if name == "after" and processes.gather(run.stopped):
+                return {}  # all is saved; before training the first step is to save what there is
             batch = rows[start : start + EVALUATED_AT_ONCE]
             answers = roll_out(
                 run.sample,
@@ -1300,11 +1314,16 @@ def finish(run: SimpleNamespace, s: Settings) -> None:
     """Evaluate after, and say where everything is."""
     run.journal.bar.close()
     if run.held_out:
-        run.summary["after"] = evaluate("after", run, s)
+        after = evaluate("after", run, s)
+        if not after:
+            console.say(f"stopped in the last evaluation: --resume --out {s.out} begins it again")
+            return
+        run.summary["after"] = after
     journal.write_summary(run.journal, run.summary, steps=max(run.start, s.steps), began=run.began)
     if s.steps:
-        adapter = run_folder.latest_checkpoint(run.out)
-        console.say(f"adapter {adapter}, log {s.out}/log.jsonl, curves {s.out}/curves.png")
+        left = f"adapter {run_folder.latest_checkpoint(run.out)}, log {run.out / 'log.jsonl'}"
+        curves = run.out / "curves.png"
+        console.say(f"{left}, curves {curves}" if curves.exists() else left)
 
 
 if __name__ == "__main__":

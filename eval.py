@@ -293,7 +293,7 @@ def evaluate(e: EvalSettings) -> None:
     asked = e.student_prompt, e.thinking, e.K, e.aime24_runs, e.seed
     work = samples.work_list(problems, tokenizer, *asked)
     longest = max(len(item["prompt_ids"]) for item in work) + e.max_new
-    refuse_too_long(longest, skeleton.config.max_position_embeddings, e)
+    refuse_too_long(longest, models.context_of(skeleton.config), e)
     eos_ids = engines.end_tokens(skeleton, tokenizer)
     if rank == 0:
         samples.open_folder(out, what_counts(e, engine, problems, skeleton.config, work, eos_ids))
@@ -355,15 +355,15 @@ def sample_missing(
     )
 
 
-def refuse_too_long(longest: int, context: int, e: EvalSettings) -> None:
+def refuse_too_long(longest: int, context: float, e: EvalSettings) -> None:
     """`longest` prompt and completion, and the model's context, in tokens."""
     if longest <= context:
         return
-    fits = context - longest + e.max_new
+    fits = int(context) - longest + e.max_new
     advice = f"--max_new {fits} fits" if fits > 0 else "That prompt fits no --max_new"
     fail(
         f"the longest prompt and --max_new {e.max_new} are {longest} tokens; --model {e.model} has "
-        f"a context of {context}. {advice}"
+        f"a context of {context:.0f}. {advice}"
     )
 
 

@@ -322,27 +322,41 @@ def oracle_step(
     model, rollouts: list[dict], s: egrsd.Settings
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """One sequence at a time: full logits, plain loops, autograd through everything."""
-    t, M = s.logit_temperature, sum(len(r["completion_ids"]) for r in rollouts)
-    H, teacher = [], []
+    t = s.logit_temperature
+    M = sum(len(r["completion_ids"]) for r in rollouts)
+
+    # The teacher, who sees the reference: entropies, and log-probabilities of the student's tokens.
+    H = []
+    teacher = []
     for r in rollouts:
         ids = torch.tensor([r["teacher_prompt_ids"] + r["completion_ids"]])
         start = len(r["teacher_prompt_ids"]) - 1
         with torch.no_grad(), model.disable_adapter():
-            logp = (model(input_ids=ids).logits[0].double() / t).log_softmax(-1)[start:-1]
-        H.append([-sum(p * lp for p, lp in zip(row.exp().tolist(), row.tolist())) for row in logp])
+            z = model(input_ids=ids).logits[0, start:-1].double()  # (|y|, V)
+        logp = (z / t).log_softmax(-1)
+        H.append([-sum(math.exp(lp) * lp for lp in row) for row in logp.tolist()])
         teacher.append([logp[k, token].item() for k, token in enumerate(r["completion_ids"])])
-    H_max = max(h for row in H for h in row)
+    H_max = max(max(row) for row in H)
+
+    # The student, and the loss, token by token.
     model.zero_grad()
-    loss, gates, weights, canary = 0.0, [], [], []
+    loss = 0.0
+    gates = []
+    weights = []
+    canary = []
     for r, h, logp_T in zip(rollouts, H, teacher):
         ids = torch.tensor([r["prompt_ids"] + r["completion_ids"]])
-        z = model(input_ids=ids).logits[0].double()[len(r["prompt_ids"]) - 1 : -1]
-        logp, raw, A = (z / t).log_softmax(-1), z.log_softmax(-1), r["advantage"]
+        start = len(r["prompt_ids"]) - 1
+        z = model(input_ids=ids).logits[0, start:-1].double()  # (|y|, V)
+        logp = (z / t).log_softmax(-1)
+        raw = z.log_softmax(-1)
+        A = r["advantage"]
+        D = (A > 0) - (A < 0)
         for k, token in enumerate(r["completion_ids"]):
             lowest = min(h[k : k + s.W + 1])
             omega = min(1.0, max(0.1, 1 - s.gamma * lowest / max(H_max, 1.0)))
             delta = logp_T[k] - logp[k, token].item()
-            w = min(1 + s.eps, max(1 - s.eps, math.exp((A > 0) * delta - (A < 0) * delta)))
+            w = min(1 + s.eps, max(1 - s.eps, math.exp(D * delta)))
             loss = loss - A * w * omega * logp[k, token] / M
             gates.append(omega)
             weights.append(w)

@@ -218,7 +218,7 @@ def part_update(o: Options) -> Rows:
         options += ["--completion", 1_024, "--student_prompt", 200, "--teacher_prompt", 900]
         if o.rehearse:
             options = ["--device", "cpu", "--shape", "4-layer", "--vocab", 1_000]
-            options += ["--completion", 16, "--repeats", 1, "--cases", "ours"]
+            options += ["--completion", 16, "--repeats", 1]
         output = call(o, "bench/update.py", *options)
         names = []
         for line in output.splitlines():
@@ -241,7 +241,7 @@ def part_rollout(o: Options) -> Rows:
         options = ["--shapes", shape, "--folder", Path(o.out) / "models"]
         options += ["--new", new, "--repeats", 2, "--json", found]
         if o.rehearse:
-            options += ["--engines", "hf", "--ranks", 8, "--sequences", "1,2"]
+            options += ["--ranks", 8, "--tps", "1,2", "--sequences", "1,2"]
         else:
             options += ["--ranks", "64" if number else "16,64"]  # the first shape tells the rest
             options += ["--tps", ",".join(map(str, sorted({1, gpus(o)})))]

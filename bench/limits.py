@@ -244,7 +244,7 @@ def gpu_of(o: Options, device: str) -> tuple[str, Gpu]:
 
 def lengths_of(run: Path, settings: dict) -> dict[int, list[tuple[int, int, int]]]:
     """step -> (student's prompt, teacher's prompt, completion) of each rollout, in tokens."""
-    tokenizer = models.load_tokenizer(settings["model"], settings["trust_remote_code"])
+    tokenizer = models.load_tokenizer(settings["model"])
     teacher = {}  # problem id -> tokens
     steps = {}
     for r in rows_of(run / "rollouts.jsonl"):
@@ -303,7 +303,7 @@ def analyse_run(run: Path, o: Options) -> dict[str, float | str]:
     card, gpu = gpu_of(o, about["device"])
     on_cpu = about["device"].endswith("CPU")
     targets = models.layer_names(settings["lora_targets"])
-    skeleton = models.load_skeleton(settings["model"], settings["trust_remote_code"])
+    skeleton = models.load_skeleton(settings["model"])
     m = sizes.sizes_of(skeleton, targets, settings["lora_r"])
     world = about["processes"]
     tp = about["tensor_parallel"]

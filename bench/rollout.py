@@ -1,6 +1,6 @@
 """The rollout of one step: engine start, push of the adapter, decoding, with random weights.
 
-    python bench/rollout.py                                          # small, for two CPU cores
+    python bench/rollout.py                                          # 4 layers, for two CPU cores
     python bench/rollout.py --shapes qwen3-4b,qwen3-8b --engines vllm --ranks 16,64 --tps 1,8
 
 It measures egrsd.start_engine itself, each case in a process of its own (tensor parallel: in

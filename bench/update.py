@@ -5,7 +5,7 @@
     python bench/update.py --growth                       # by completion length, by vocabulary
 
 An update is the teacher's pass, the student's, clip and optimizer. Weights, adapter and completions
-are random and the same for all; each case has a process of its own (one for all sizes of --growth);
+are random and the same for all; each case has a process of its own, at each size of --growth too;
 all rows are equally long and go through the layers in one pass, without gradient checkpointing.
 float32 on a CPU; on a GPU a bfloat16 base, a float32 adapter and autocast. The cases, and what was
 chosen for each:
@@ -541,11 +541,7 @@ def work(o: Options) -> None:
     """Inside the process of one case: run it, and print a line of JSON."""
     if o.threads:
         torch.set_num_threads(o.threads)
-    if o.growth:
-        result = [run_case(at) for at in growth_sizes(o)]
-    else:
-        result = run_case(o)
-    print(json.dumps(result))
+    print(json.dumps(run_case(o)))
 
 
 def run_case(o: Options) -> dict | str:
@@ -576,10 +572,11 @@ def growth_sizes(o: Options) -> list[Options]:
     """One row at these lengths, then at these vocabularies."""
     sizes = [(length, o.vocab) for length in LENGTHS]
     sizes += [(1_024, vocab) for vocab in VOCABULARIES if vocab != o.vocab]
-    return [dataclasses.replace(o, rows=1, completion=n, vocab=vocab) for n, vocab in sizes]
+    one = dataclasses.replace(o, rows=1, growth=False)
+    return [dataclasses.replace(one, completion=n, vocab=vocab) for n, vocab in sizes]
 
 
-def start(case: str, o: Options) -> dict | list | str:
+def start(case: str, o: Options) -> dict | str:
     """Run a case in a process of its own. -> what it measured, or why not"""
     given = {**dataclasses.asdict(o), "worker": case}
     command = [sys.executable, __file__]
@@ -682,18 +679,17 @@ def show_floor(found: dict[str, list[float]], whole: float) -> None:
 
 def show_growth(o: Options) -> None:
     """Seconds and GiB of one row, by completion length, then by vocabulary."""
-    found = {case: start(case, o) for case in SAME_LOSS}
     print("| completion | V | " + " | ".join(f"{c}, s | {c}, GiB" for c in SAME_LOSS) + " |")
     print("|---" * (2 + 2 * len(SAME_LOSS)) + "|")
-    for k, at in enumerate(growth_sizes(o)):
+    for at in growth_sizes(o):
         cells = [f"{at.completion:,}", f"{at.vocab:,}"]
-        for results in found.values():
-            result = results if isinstance(results, str) else results[k]
+        for case in SAME_LOSS:
+            result = start(case, at)
             if isinstance(result, str):
                 cells += [result, ""]
             else:
                 cells += [f"{median(result['seconds']):.3f}", f"{result['gib']:.2f}"]
-        print("| " + " | ".join(cells) + " |")
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def machine(o: Options) -> str:

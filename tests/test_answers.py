@@ -18,6 +18,13 @@ TINY = ["--preset", "tiny", "--limit", "8", "--K", "3"]
 
 
 RIGHT = [  # (answer in the box, gold)
+    (r"\text{12 months}", "12"),
+    (r"\text{5 apples}", "5"),
+    (r"3 \text{ W}", r"3 \text{ J/s}"),
+    (r"5 \text{ Pa}", r"5 \text{ N/m}^2"),
+    ("E(t) = C e^{-t}", "E(t) = c e^{-t}"),
+    ("T = t_0 + C", "T = t_0 + c"),
+    (r"\textbf{(A) }12", r"\text{(A)}"),
     (r"\big(9, \tfrac72\big)", "(9, 3.5)"),
     ("x < 58", r"(-\infty,58)"),
     (r"x \geq 13", r"[13,\infty)"),
@@ -213,6 +220,17 @@ RIGHT = [  # (answer in the box, gold)
     (r"5 \text{ meters per second}", r"5 \text{ m/s}"),
 ]
 WRONG = [
+    ("2", "2h/g"),
+    ("2h/g", "2"),
+    ("4J/s", "4"),
+    (r"\text{(A)}, \text{(B)}", r"\text{(A)}"),
+    (r"\textbf{(A)} \text{ and } \textbf{(B)}", r"\text{(A)}"),
+    (r"\text{5 hundredths}", "5"),
+    (r"\text{2 squared}", "2"),
+    (r"\text{3 pm}", r"\text{3 am}"),
+    (r"\text{10 north}", r"\text{10 south}"),
+    (r"3 \text{ m}", r"3 \text{ m/s}"),
+    ("T + r - R", "t + R - r"),
     (r"\frac{62!}{4! 58!}", r"\frac{61!}{4! 57!}"),
     ("52_9", "52_8"),
     ("49_9", "49_8"),

@@ -63,6 +63,7 @@ def begin(tokenizer, *args: object, learned: bool = True) -> tuple[SimpleNamespa
     run = SimpleNamespace(model=model, tokenizer=tokenizer, problems=[])
     run.roll_out, run.accumulate_gradient = egrsd.roll_out, egrsd.accumulate_gradient
     run.kept, run.figures = {}, {}
+    run.roles = {"student": "prompt_ids", "teacher": "teacher_prompt_ids"}
     baselines.use_method(run, s)
     for name, p in egrsd.trainable(run.model).items():
         if learned and "lora_B" in name:
@@ -260,7 +261,7 @@ def half_of_reference(solution: str) -> str:
         ("opsd", *JSD, 0.3),
         ("opsd", "--kl_clamp", 0.05),
         ("opsd", "--teacher", "ema"),
-        ("crisp", "--concise_prompt", "Compute your own way : {problem}"),
+        ("crisp", "--teacher_prompt", "Compute your own way : {problem}"),
         ("atesd", "--exposure", 0.5),
     ],
     ids=str,
@@ -270,8 +271,6 @@ def test_distillation_is_the_mean_divergence_over_the_tokens(rollouts, tokenizer
 
     def prompt(r: dict) -> list[int]:
         text, solution = s.teacher_prompt, r["solution"]
-        if s.method == "crisp":
-            text = s.concise_prompt
         if s.method == "atesd":
             solution = half_of_reference(solution)
         text = text.replace("{problem}", r["problem"]).replace("{solution}", solution)
@@ -279,6 +278,8 @@ def test_distillation_is_the_mean_divergence_over_the_tokens(rollouts, tokenizer
 
     same = [prompt(r) == r["teacher_prompt_ids"] for r in rollouts]
     assert all(same) if s.method == "opsd" else not any(same)
+    if s.method == "crisp":  # as next_problems has them, with this method's prompt
+        rollouts = [{**r, "teacher_prompt_ids": prompt(r)} for r in rollouts]
     got = step_of(run, rollouts, s)  # first: it moves the teacher
     assert_step(got, slow_distilled(run, rollouts, s, prompt))
 
@@ -419,9 +420,14 @@ def test_shuffled_deals_the_gates_values_over_the_step(rollouts, tokenizer) -> N
 
 def test_resume_where_nothing_was_begun_keeps_the_methods_own_options(tmp_path) -> None:
     s = settings_of("--method", "crisp", "--resume", "--out", tmp_path / "run")
+    assert s.teacher_prompt == baselines.CONCISE_PROMPT
     assert (s.divergence, s.teacher, s.teacher_every) == ("reverse", "copy", 50)
     s = settings_of("--method", "rlsd", "--resume", "--out", tmp_path / "run")
     assert (s.gamma, s.W) == (0, 0)
+    (tmp_path / "settings.json").write_text(json.dumps(vars(s)))  # begun, and without a checkpoint
+    assert settings_of("--resume", "--out", tmp_path).method == "rlsd"
+    with pytest.raises(SystemExit, match="was begun with --method rlsd"):
+        settings_of("--method", "crisp", "--resume", "--out", tmp_path)
 
 
 def test_atesd_learns_once_from_a_step_that_is_done_again() -> None:
@@ -551,7 +557,10 @@ def test_a_copy_is_of_the_student_before_each_kth_step(tokenizer, every) -> None
         ("--method opsd --divergence jsd --jsd_beta 1", "jsd_beta must be between 0 and 1"),
         ("--method rlsd --divergence reverse", "are for opsd, crisp, atesd"),
         ("--teacher copy --teacher_every 0", "teacher_every at least 1"),
-        ("--method crisp --concise_prompt {problem}{solution}", "must hold {problem} and not"),
+        ("--method crisp --teacher_prompt {problem}{solution}", "must hold {problem} and not"),
+        ("--method opsd --jsd_beta 0.3", "jsd_beta is for --divergence jsd"),
+        ("--gamma_steps 40", "gamma_steps is for --gamma_schedule"),
+        ("--teacher copy --teacher_alpha 0.9", "teacher_alpha is for --teacher ema"),
     ],
 )
 def test_what_makes_no_sense_ends_with_a_sentence(options, sentence) -> None:
@@ -595,6 +604,10 @@ for number, options in enumerate(t.GOES_ON):
 
 @pytest.mark.parametrize("number", range(len(RUNS)), ids=lambda number: str(RUNS[number]))
 def test_each_method_runs_and_logs(runs, number) -> None:
+    shown = (runs / str(number) / "prompts.txt").read_text()
+    teaches = not {"sft", "grpo", "none"} & {*RUNS[number]}
+    assert ("--- teacher prompt" in shown) == teaches
+    assert ("Reference :" in shown) == (teaches and "crisp" not in RUNS[number])
     if "none" in RUNS[number]:
         assert not list(runs.glob(f"{number}/log.jsonl")) or not read_log(runs / str(number))
         return

@@ -49,6 +49,7 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 HANGS = "time.sleep(100)"
 NO_MEMORY = "resource.setrlimit(resource.RLIMIT_AS, (1 << 31,) * 2); torch.ones(1 << 30)"
 SLOW = "time.sleep(8)"
+WORKS = "[(time.sleep(0.5), processes.note_progress()) for _ in range(24)]"  # longer than 5 s
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ SLOW = "time.sleep(8)"
         ),
         (NO_MEMORY, "update", "rank 1 ended in the phase 'update': .*memory"),
         (SLOW, "loading", "all came"),
+        (WORKS, "rollout", "all came"),
     ],
 )
 def test_who_dies_or_hangs_is_named_with_its_phase(fault, phase, message, tmp_path) -> None:
@@ -74,9 +76,10 @@ def test_who_dies_or_hangs_is_named_with_its_phase(fault, phase, message, tmp_pa
     script.write_text(RANKS.format(root=str(ROOT), phase=phase, fault=fault, ranks="1"))
     began = time.monotonic()
     env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}  # then SIGKILL for who is stopped
-    output = run(str(script), nproc=2, code=int(fault != SLOW), **env)
+    ends = fault not in (SLOW, WORKS)
+    output = run(str(script), nproc=2, code=int(ends), **env)
     assert re.search(message, output), output
-    assert ("rank 1 " in output) == (fault != SLOW)  # loading has a limit of its own
+    assert ("rank 1 " in output) == ends  # loading has a limit of its own
     assert "rank 0 died" not in output and "rank 0 has" not in output
     assert time.monotonic() - began < 60
 
@@ -93,13 +96,13 @@ def test_ranks_that_all_hang_where_no_collective_of_ours_is_end(tmp_path) -> Non
 
 
 def test_a_phase_that_moves_is_no_hang(monkeypatch) -> None:
-    state = {"phase": "rollout", "still": 20.5, "ended": None, "machine": "elsewhere", "pid": 0}
-    assert "has not moved for 20 s" in processes.find_fault(state, 0.0, 0.0, 10.0)
-    assert processes.find_fault({**state, "still": 19.0}, 0.0, 0.0, 10.0) == ""
-    assert processes.find_fault(state, 0.0, 0.0, 0) == ""
-    assert processes.find_fault({**state, "phase": "loading"}, 0.0, 0.0, 10.0) == ""
+    state = {"phase": "rollout", "ended": None, "machine": "elsewhere", "pid": 0}
+    assert "has not moved for 20 s" in processes.find_fault(state, 0.0, 0.0, 20.5, 10.0)
+    assert processes.find_fault(state, 0.0, 0.0, 19.0, 10.0) == ""
+    assert processes.find_fault(state, 0.0, 0.0, 20.5, 0) == ""
+    assert processes.find_fault({**state, "phase": "loading"}, 0.0, 0.0, 20.5, 10.0) == ""
     monkeypatch.setenv("LOCAL_RANK", "1")  # rank 0 says it
-    assert processes.find_fault(state, 0.0, 0.0, 10.0) == ""
+    assert processes.find_fault(state, 0.0, 0.0, 20.5, 10.0) == ""
 
     # What this rank says of itself while it draws tokens, and when it has stopped.
     told = []
@@ -114,12 +117,39 @@ def test_a_phase_that_moves_is_no_hang(monkeypatch) -> None:
     assert told == [0, 0, 0, 0, 0, 1, 2, 3, 4, 5]
 
 
+def test_who_waits_for_others_that_still_draw_is_no_fault(monkeypatch) -> None:
+    """Rank 0 and rank 1 have come to a collective; rank 2 draws tokens, and then no more."""
+    looks = []
+    told = []
+    state = {"ended": None, "machine": "elsewhere", "pid": 0, "came": 1}
+    monkeypatch.setattr(processes, "rank_and_world", lambda: (0, 3))
+    monkeypatch.setattr(processes.time, "monotonic", lambda: float(len(looks)))
+    monkeypatch.setattr(processes, "tell", told.append)
+    monkeypatch.setattr(processes._parted, "wait", lambda seconds: None)
+    monkeypatch.setattr(processes._parted, "is_set", lambda: len(looks) > 60 or bool(told))
+    here = {**processes._here, "came": 1, "waits": True, "phase": "grading"}
+    monkeypatch.setattr(processes, "_here", here)
+
+    def read_states(store, ranks):
+        looks.append(0)
+        now = len(looks)
+        moves = min(now, 40)
+        one = {**state, "phase": "grading", "moves": 9, "still": float(now), "beat": now}
+        two = {**state, "phase": "rollout", "moves": moves, "still": float(now - moves), "came": 0}
+        return {1: one, 2: {**two, "beat": now}}
+
+    monkeypatch.setattr(processes, "read_states", read_states)
+    processes.watch(SimpleNamespace(set=lambda *_: None), 10.0)
+    assert told and 50 <= len(looks) <= 53  # ten seconds after its last token
+    assert "rank 2 has not left the phase 'rollout'" in told[0][2] and 1 not in told[0]
+
+
 def test_a_rank_of_another_machine_is_not_looked_up_here(monkeypatch) -> None:
     here = processes.this_machine()
     monkeypatch.setitem(processes._here, "machine", here)
     state = {"phase": "rollout", "still": 0.0, "ended": None, "machine": here, "pid": 1 << 30}
-    assert "died" in processes.find_fault(state, 0.0, 0.0, 10.0)
-    assert processes.find_fault({**state, "machine": "node2 " + here}, 0.0, 0.0, 10.0) == ""
+    assert "died" in processes.find_fault(state, 0.0, 0.0, 0.0, 10.0)
+    assert processes.find_fault({**state, "machine": "node2 " + here}, 0.0, 0.0, 0.0, 10.0) == ""
     killed = []
     monkeypatch.setattr(processes.os, "kill", lambda pid, number: killed.append(pid))
     processes.end_here({**state, "machine": "node2"})
@@ -134,12 +164,12 @@ def test_a_wrong_option_ends_with_status_2_on_any_rank() -> None:
 def test_a_laptop_that_slept_and_a_rank_that_left_raise_no_alarm(monkeypatch) -> None:
     here = {"phase": "rollout", "came": 3, "waits": False, "ended": None}
     state = {**here, "pid": os.getpid(), "machine": "elsewhere", "still": 0.0}
-    assert processes.find_fault(state, 9.0, 0.0, 10.0) == ""
-    assert "no sign of life for 11 s" in processes.find_fault(state, 11.0, 0.0, 10.0)
-    assert processes.find_fault(state, 11.0, 11.0, 0) == ""  # no limit
-    assert processes.find_fault({**state, "ended": ""}, 99.0, 0.0, 10.0) == ""
-    assert processes.find_fault(None, 7_000.0, 0.0, 10.0) == ""  # its imports
-    assert "has not come" in processes.find_fault(None, 7_300.0, 0.0, 10.0)
+    assert processes.find_fault(state, 9.0, 0.0, 0.0, 10.0) == ""
+    assert "no sign of life for 11 s" in processes.find_fault(state, 11.0, 0.0, 0.0, 10.0)
+    assert processes.find_fault(state, 11.0, 11.0, 0.0, 0) == ""  # no limit
+    assert processes.find_fault({**state, "ended": ""}, 99.0, 0.0, 0.0, 10.0) == ""
+    assert processes.find_fault(None, 7_000.0, 0.0, 0.0, 10.0) == ""  # its imports
+    assert "has not come" in processes.find_fault(None, 7_300.0, 0.0, 0.0, 10.0)
 
     # The clock jumps by an hour from look to look, the other's beat comes but every second time.
     looks = []

@@ -9,7 +9,9 @@ import re
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -385,6 +387,44 @@ def test_a_run_that_is_stopped_in_its_last_step_is_summed_up(tmp_path, monkeypat
     (out / "summary.json").unlink()  # as after a kill
     egrsd.train(tiny_settings(*SMALL[2:], "--steps", 1, "--out", out, "--resume"))
     assert read_json(out / "summary.json")["steps"] == 1
+
+
+def test_a_run_that_is_stopped_in_its_last_evaluation_begins_it_again(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    runs = []
+    enter = egrsd.processes.enter
+
+    def stop_there(phase: str) -> float:
+        if phase == "evaluation":
+            runs[0].stopped.append(0.0)
+        return enter(phase)
+
+    monkeypatch.setattr(egrsd.processes, "enter", stop_there)
+    held_out = tmp_path / "few.jsonl"
+    held_out.write_text("".join((TINY / "test.jsonl").read_text().splitlines(keepends=True)[:4]))
+    options = (*SMALL[2:3], *SMALL[3:], "--steps", 1, "--out", tmp_path / "run", "--no-eval_before")
+    s = tiny_settings(*options, "--eval_data", held_out)
+    egrsd.train(s, lambda run, _: runs.append(run))
+    assert "stopped in the last evaluation" in capsys.readouterr().out
+    assert "after" not in read_json(tmp_path / "run" / "summary.json", {})
+    monkeypatch.setattr(egrsd.processes, "enter", enter)
+    egrsd.train(dataclasses.replace(s, resume=True))
+    assert read_json(tmp_path / "run" / "summary.json")["after"]["samples"] == 4
+
+
+def test_weights_and_biases_that_do_not_start_cost_no_earlier_run(
+    uninterrupted, tmp_path, monkeypatch
+) -> None:
+    def init(**_):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    s = tiny_settings(*SMALL[2:], "--out", out, "--overwrite", "--wandb", "here")
+    with pytest.raises(SystemExit, match="--wandb here .*api_key.*wandb login"):
+        egrsd.train(s)
+    assert_same_run(out, uninterrupted)
 
 
 def test_a_run_of_another_program_is_not_resumed(tmp_path) -> None:

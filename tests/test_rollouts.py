@@ -10,7 +10,7 @@ import torch
 from helpers import CPU, ROOT, SMALL, figures_of, fresh_model, load, read_log, run, tiny_settings
 
 import egrsd
-from support.shared import engines
+from support.shared import engines, processes
 from support.shared.data import encode_prompt
 from support.shared.engines import end_tokens, hf_generate, rollout_seed
 from support.shared.models import load_base
@@ -52,6 +52,24 @@ def test_a_rollout_depends_on_its_seed_and_on_nothing_else(tokenizer) -> None:
         torch.testing.assert_close(
             torch.tensor(logps), z[range(len(ids)), ids].detach(), atol=2e-5, rtol=0
         )
+
+
+def test_each_forward_pass_of_generate_is_progress_also_where_nothing_is_drawn(tokenizer) -> None:
+    model, _ = fresh_model()
+    before = processes._here["moves"]
+    with engines.counting_passes(model), torch.no_grad():
+        model(input_ids=torch.ones(1, 2, dtype=torch.long))  # of a rank that keeps others company
+    assert processes._here["moves"] == before + 1
+    how = {"temperature": 1.1, "top_p": 0.95, "top_k": 20, "max_new": 3}
+    drawn = list(hf_generate(model, [71], [[5, 6]], [0], **how))
+    assert processes._here["moves"] == before + 1 + len(drawn[0][1])
+    model(input_ids=torch.ones(1, 2, dtype=torch.long))
+    assert processes._here["moves"] == before + 4
+
+
+def test_an_adapter_of_a_rank_that_vllm_does_not_serve_is_refused() -> None:
+    with pytest.raises(SystemExit, match="rank 513: vLLM serves ranks up to 512"):
+        egrsd.start_vllm("anything", CPU, 1, 256, lora_r=513)
 
 
 def test_the_models_own_penalties_do_not_come_before_our_sampler(tmp_path) -> None:

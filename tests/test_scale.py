@@ -107,13 +107,13 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def on_two_machines(folders: list[Path], *args: object, code: int = 0) -> str:
-    """egrsd.py under two torchruns of one process, --out seen from each folder. -> all output"""
+def on_two_machines(folders: list[Path], *args: object, each: int = 1, code: int = 0) -> str:
+    """egrsd.py under two torchruns of `each` processes, --out seen from each folder. -> output"""
     port = str(free_port())
     groups = []
     for rank, folder in enumerate(folders):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-        command += ["--nproc_per_node", "1", "--node_rank", str(rank)]
+        command += ["--nproc_per_node", str(each), "--node_rank", str(rank)]
         command += ["--master_addr", "127.0.0.1", "--master_port", port, str(ROOT / "egrsd.py")]
         groups.append(
             subprocess.Popen(
@@ -146,6 +146,29 @@ def test_two_machines_train_like_one_and_go_on_where_they_see_the_run(whole, tmp
     shutil.copytree(machines[0] / "run" / "step_2", machines[1] / "run" / "step_2")
     on_two_machines(machines, "--preset", "tiny", "--resume", "--steps", 4, "--out", "run")
     assert_same_run(whole, machines[0] / "run")
+
+
+def test_machines_that_shard_the_base_do_so_each_for_itself(whole, tmp_path) -> None:
+    """Four processes: a mesh of two machines by two."""
+    output = on_two_machines([tmp_path, tmp_path], *STEPS, "--shard", "--out", "run", each=2)
+    assert "processes=4" in output
+    assert_same_run(whole, tmp_path / "run")
+
+
+@VLLM
+def test_machines_have_an_engine_each_or_share_one(tmp_path) -> None:
+    options = (*SMALL, "--steps", 2, "--engine", "vllm")
+    run(*options, "--out", tmp_path / "one")
+    wanted = read_log(tmp_path / "one")
+    for tp in (1, 2):
+        folders = [tmp_path / f"{tp}a", tmp_path / f"{tp}b"]
+        for folder in folders:
+            folder.mkdir()
+        output = on_two_machines(folders, *options, "--rollout_tp", tp, "--out", "run")
+        assert f"tensor_parallel={tp}" in output
+        assert "a random adapter reached the engine" in output
+        for row, want in zip(read_log(folders[0] / "run"), wanted, strict=True):
+            assert figures_of(row) == pytest.approx(figures_of(want), rel=1e-4, abs=1e-5)
 
 
 def test_the_slurm_script_trains_on_two_machines(whole, tmp_path) -> None:

@@ -1,7 +1,9 @@
 """Options, presets, models that are refused."""
 
 import dataclasses
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +18,12 @@ from helpers import (
 import egrsd
 from support.shared.models import (
     check_head,
+    context_of,
     load_base,
     load_skeleton,
     load_tokenizer,
     refuse_big_model_on_cpu,
+    refuse_other_decoders,
 )
 
 
@@ -107,9 +111,25 @@ def test_bad_models_end_with_a_sentence(tmp_path) -> None:
         file.truncate(5 << 30)  # five sparse GiB: as big as a model of 2.7 billion parameters
     with pytest.raises(SystemExit, match="needs a GPU"):
         refuse_big_model_on_cpu(str(tmp_path), CPU)
-    transformers.GPT2Config().save_pretrained(tmp_path)
+    transformers.GPT2Config(n_layer=2).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="no num_key_value_heads.*built like those of Llama"):
-        load_skeleton(str(tmp_path))
+        refuse_other_decoders(load_skeleton(str(tmp_path)), str(tmp_path))
+    transformers.Gemma3Config().save_pretrained(tmp_path)  # with images
+    with pytest.raises(SystemExit, match="no num_.*built like those of Llama"):
+        refuse_other_decoders(load_skeleton(str(tmp_path)), str(tmp_path))
+
+
+def test_yarn_lengthens_the_context() -> None:
+    config = transformers.Qwen3Config(max_position_embeddings=40_960)
+    assert context_of(config) == 40_960
+    config.rope_parameters.update(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=32_768
+    )
+    assert context_of(config) == 131_072
+    assert context_of(SimpleNamespace(max_position_embeddings=None)) == math.inf
+
+
+def test_targets_that_match_nothing_are_named() -> None:
     for targets in ("q_proj,c_attn", "q_proj,", "self_attn", "lm_head"):
         s = tiny_settings("--lora_targets", targets)
         with pytest.raises(

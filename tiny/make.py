@@ -38,8 +38,9 @@ validation.jsonl, to choose learning rates on, whose problems occur nowhere else
     h2      h1 with more and longer fillers, a teacher that looks away more often, and references
             that open with three words of style, which the teacher's fillers then repeat: a
             difference of the two contexts that has no consequence. For 160 and 8e-4
-    h3      h1 with 8 to 10 operations and a model of 7 million parameters, 29 times as many, for a
-            GPU: --device cuda. For --max_completion 192 --max_length 384
+    h3      h1 with 8 to 10 operations, habits that err with probability 0.3 to 0.7, and a model of
+            7 million parameters, 29 times as many, for a GPU: --device cuda. For --max_completion
+            192 --max_length 384
 Seeds 0, 1, 2 by measure.py, alone and with the reference (+- 0.5 to 1.6, one sample a problem):
     h1      32.1, 36.1, 31.0 % at 60 tokens; 91.5, 97.7, 92.6 % at 51
     h2      31.3, 34.5, 32.8 % at 74 tokens; 51.7, 88.7, 80.4 % at 51: how well a teacher has

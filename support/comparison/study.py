@@ -411,6 +411,7 @@ def work(
 ) -> None:
     """A process that does one run after another; what it would print goes to a file."""
     sys.stdout = sys.stderr = log.open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)  # of Ctrl-C the study itself speaks
     threading.Thread(target=end_with_parent, daemon=True).start()
     while (run := inbox.get()) is not None:
         folder = out / "runs" / "-".join(key_of(run)).replace(":", "-")

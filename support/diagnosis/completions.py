@@ -7,13 +7,12 @@ reference, and with that of another problem).
 
 import collections
 import json
-import math
 import random
 from pathlib import Path
 
 from support.shared.console import fail
 from support.shared.data import encode_prompt, fill
-from support.shared.models import head_of
+from support.shared.models import context_of, head_of
 
 RUN_KEYS = (
     "step",
@@ -162,7 +161,7 @@ def give_prompts(
 def check_rows(rows: list[dict], model, name: str, W: int) -> None:
     """Refuse completions of another model, too short for W, or too long for the model `name`."""
     V = len(head_of(model))
-    room = getattr(model.config, "max_position_embeddings", math.inf)
+    room = context_of(model.config)
     longest = 0
     too_long = []
     for row in rows:

@@ -9,6 +9,7 @@ Token ids and seeds go in; the log-probabilities (nats) are those that the model
 temperature 1, whatever the sampling.
 """
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def tensor_parallel(wanted: int, config) -> int:
     here = ranks_here()
     machines = rank_and_world()[1] // here
     heads = config.num_attention_heads
-    kv_heads = config.num_key_value_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     possible = [n for n in range(1, here + 1) if here % n == 0]
     possible += [n * here for n in range(2, machines + 1) if machines % n == 0]
     fits = []
@@ -73,7 +74,8 @@ def kv_cache_bytes(config, device: torch.device, tp: int, tokens: int) -> int:
     head_dim = getattr(config, "head_dim", None)
     if not head_dim:
         head_dim = config.hidden_size // config.num_attention_heads
-    heads = math.ceil(config.num_key_value_heads / tp)  # of this rank
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = math.ceil(kv_heads / tp)  # of this rank
     width = 2 if device.type == "cuda" else 4
     per_token = 2 * config.num_hidden_layers * heads * head_dim * width
     return int(1.1 * per_token * tokens) + (64 << 20)
@@ -191,7 +193,7 @@ def hf_generate(
             real[row, width - len(prompt) :] = 1
         row_seeds = seeds[start : start + batch] or [0]
         sampler = GumbelSampler(row_seeds, model.device, temperature, warpers)
-        with autocast(model.device):
+        with autocast(model.device), counting_passes(model):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=real,
@@ -203,6 +205,17 @@ def hf_generate(
         for row, tokens in enumerate(out[: len(prompts) - start, width:].tolist()):
             n = completion_length(tokens, eos_ids)
             yield start + row, tokens[:n], logps[row][:n]
+
+
+@contextlib.contextmanager
+def counting_passes(model) -> Iterator[None]:
+    """Each forward pass is progress, also those of a rank that only keeps the others company."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = base.register_forward_pre_hook(lambda *_: note_progress())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def completion_length(tokens: list[int], eos_ids: list[int]) -> int:
@@ -244,7 +257,6 @@ class GumbelSampler:
         self.raw_logps: list[Tensor] = []  # of each position: (b,), at temperature 1
 
     def __call__(self, so_far: Tensor, z: Tensor) -> Tensor:
-        note_progress()
         raw = z.log_softmax(-1)  # (b, V)
         if self.temperature > 0:
             for warper in self.warpers:

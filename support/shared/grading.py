@@ -49,6 +49,9 @@ _WORDS = {
 _WORD = "|".join(_WORDS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SPACES = r"(?:\\[,;:! ]|~|\s)*"
+# Words behind a number that say more than what is counted.
+_NO_UNIT = r"hal[fv]|third|quarter|(?!month|path|length)\w+ths?\b|squared|cubed|[ap]m\b"
+_NO_UNIT += r"|(?:north|south|east|west)"
 # Spellings that are mended before anything else looks at the answer, at its unit too.
 _TIDYING = (
     (r"^\s*=", ""),
@@ -58,9 +61,9 @@ _TIDYING = (
     (r"^\s*([-+]?)\s*£\s*([\d.,]+)\s*$", r"\1\2 \\text{ pounds}"),
     # 90^o
     (rf"(?<=\d)\s*\^\s*(?:\{{{_SPACES}(?:\\circ|o){_SPACES}\}}|o(?![A-Za-z]))", r"^{\\circ}"),
-    # \text{12 hours}, and not \text{2 thirds}
+    # \text{12 hours}, and not \text{2 thirds}, \text{3 pm}
     (
-        r"^\s*\\text\s*\{\s*([-+]?[\d.,]*\d)\s+(?!hal[fv]|third|quarter|(?:\w+[fhnx]|eigh|ten)th)"
+        rf"^\s*\\text\s*\{{\s*([-+]?[\d.,]*\d)\s+(?!{_NO_UNIT})"
         r"([A-Za-z]+(?:(?: per | */ *)[A-Za-z]+)?)\s*\}\s*$",
         r"\1 \\text{ \2}",
     ),
@@ -224,15 +227,25 @@ _NAMES = re.compile(  # words, in which a capital is no symbol
 )
 
 
-def has_both_cases(answer: str) -> bool:
-    """Does a letter stand in both cases, as in R - r? I is the imaginary unit."""
+def in_both_cases(answer: str) -> frozenset[str]:
+    """Capitals whose small letter stands there too, as in R - r; I and e are numbers."""
     letters = set(_NAMES.sub(" ", normalise_answer(answer)))
-    return any(c.islower() and c != "i" and c.upper() in letters for c in letters)
+    return frozenset(c for c in letters - {"I", "E"} if c.isupper() and c.lower() in letters)
+
+
+def lower_others(answer: str, kept: frozenset[str]) -> str:
+    """With small letters for capitals that are not `kept`, outside of names; I and E stay."""
+
+    def lower(found: re.Match) -> str:
+        letter = found["letter"]
+        return letter.lower() if letter and letter not in kept else found[0]
+
+    return re.sub(rf"{_NAMES.pattern}|(?P<letter>[A-DF-HJ-Z])", lower, answer)
 
 
 @contextlib.contextmanager
-def letters_kept(kept: bool) -> Iterator[None]:
-    """Where `kept`, math-verify reads R and r as two symbols; else all capitals as small letters.
+def letters_kept(kept: frozenset[str]) -> Iterator[None]:
+    """Where any are `kept`, math-verify reads R and r as two symbols; else all capitals as small.
 
     Not always: Minerva's golds have a c where models write C.
     """
@@ -253,15 +266,19 @@ def letters_kept(kept: bool) -> Iterator[None]:
         parser.parse_latex_cached.cache_clear()
 
 
-def parse_answer(answer: str, normalise: bool, seconds: int = 3, kept: bool = False) -> list:
+def parse_answer(
+    answer: str, normalise: bool, seconds: int = 3, kept: frozenset[str] = frozenset()
+) -> list:
     """math-verify's readings of an answer: a sympy object if it can be read, and a string.
 
-    `kept`: see letters_kept.
+    `kept`: the capitals that are no small letters.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     mode = "any_match"
     if normalise:
+        if kept:
+            answer = lower_others(answer, kept)
         answer = normalise_answer(answer)
         # any_match, the default, takes a lone number out of LaTeX that cannot be read: 10 from
         # 3 \times 10^8 \unknown{x}
@@ -292,9 +309,9 @@ def answers_match(prediction: str, gold: str, normalise: bool = True, seconds: i
         return readings_match(prediction, gold, normalise, seconds)
     prediction = tidy_answer(prediction)
     gold = tidy_answer(gold)
-    letters = [_CHOICE.match(prediction), _CHOICE.fullmatch(gold)]
-    if None not in letters:  # \textbf{(C) }12
-        return letters[0][1] == letters[1][1]
+    chosen = _CHOICE.fullmatch(gold)
+    if chosen and _CHOICE.match(prediction):  # \textbf{(C) }12, but not two choices
+        return set(re.findall(r"\(([A-F])\)", prediction)) == {chosen[1]}
     if units_differ(prediction, gold) or bases_differ(prediction, gold):
         return False
     if readings_match(prediction, gold, normalise, seconds):
@@ -314,7 +331,9 @@ def readings_match(prediction: str, gold: str, normalise: bool, seconds: int) ->
     from math_verify.errors import TimeoutException
 
     try:
-        kept = normalise and (has_both_cases(gold) or has_both_cases(prediction))
+        kept = frozenset()
+        if normalise:
+            kept = in_both_cases(gold) | in_both_cases(prediction)
         readings = [
             parse_gold(gold, normalise, seconds, kept),
             parse_answer(prediction, normalise, seconds, kept),
@@ -440,6 +459,7 @@ _UNITS = (
     "Hz hertz",
     "Pa pascal pascals",
 )
+_DERIVED = _UNITS[-7:]  # from J on: quotients of others
 _UNIT_OF = {name: line for line in _UNITS for name in line.split()}
 _SHORT = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}
 _PLAIN = r"\s*[-+]?\s*(?:\d[\d.,]*|\.\d+)"  # a number
@@ -502,18 +522,24 @@ def unit_of(answer: str) -> tuple[str, ...] | None:
 def unit_as_text(answer: str) -> str:
     """12 \\text{ m/s} for 12 m/s, which math-verify reads as a quotient, and 12 USD.
 
-    One letter stays: 12 N may be a product.
+    Letters stay, but for those of m/s: 12 N may be a product, and 2h/g a quotient.
     """
     found = _PLAIN_WITH_UNIT.match(answer)
-    if not found or len(found[2]) == 1 or not known_unit(found[2], found[3]):
+    if not found or not known_unit(found[2], found[3]):
+        return answer
+    letters = re.split(r"\s*/\s*", found[2])
+    if letters != ["m", "s"] and max(map(len, letters)) == 1:
         return answer
     return rf"{found[1]} \text{{ {found[2]}}}"
 
 
 def units_differ(prediction: str, gold: str) -> bool:
-    """Does each end in a unit that we know, and in another one?"""
+    """Does each end in a unit that we know, and in another one? W may well be J/s."""
     units = [unit_of(prediction), unit_of(gold)]
-    return None not in units and units[0] != units[1]
+    if None in units or units[0] == units[1]:
+        return False
+    shorter, longer = sorted(units, key=len)
+    return len(shorter) == len(longer) or shorter[0] not in _DERIVED
 
 
 def bases_differ(prediction: str, gold: str) -> bool:

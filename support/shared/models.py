@@ -1,6 +1,7 @@
 """The base model: loaded whole or as a skeleton, frozen, bfloat16 on a GPU, and checked."""
 
 import contextlib
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -161,15 +162,30 @@ def load_skeleton(model: str, trust_remote_code: bool = False):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         fail(f"--model {model} cannot be loaded ({first_line(error)})")
-    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"):
-        if getattr(config.get_text_config(), name, None) is None:
-            fail(
-                f"--model {model}: its configuration has no {name}. What can be trained are "
-                "decoders that are built like those of Llama, Qwen and Olmo"
-            )
     with contextlib.suppress(OSError):  # not every model has one; the config knows the end token
         skeleton.generation_config = GenerationConfig.from_pretrained(model)
     return skeleton
+
+
+def refuse_other_decoders(skeleton, model: str) -> None:
+    """What does not name its parts as Llama, Qwen and Olmo do: GPT-2, models with images."""
+    missing = []
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"):
+        if getattr(skeleton.config, name, None) is None:
+            missing.append(name)
+    if missing or not hasattr(getattr(skeleton, skeleton.base_model_prefix), "layers"):
+        fail(
+            f"--model {model}: no {(missing or ['layers'])[0]}. What can be trained are decoders "
+            "that are built like those of Llama, Qwen and Olmo"
+        )
+
+
+def context_of(config) -> float:
+    """Tokens that a model reads: its configuration's, or what YaRN and its like make of them."""
+    said = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0)
+    return max(said, stretched)
 
 
 def head_of(model) -> Tensor:

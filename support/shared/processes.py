@@ -156,9 +156,11 @@ def stop_on_signals() -> list[float]:
         now = time.monotonic()
         if stopped and number == signal.SIGINT and now - stopped[0] > 1:
             raise KeyboardInterrupt
-        if not stopped and rank_and_world()[0] == 0:
-            os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again ends at once\n")
+        first = not stopped
         stopped.append(now)
+        if first and rank_and_world()[0] == 0:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping once this step is saved; Ctrl-C again ends at once\n")
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
@@ -172,8 +174,7 @@ def stop_on_signals() -> list[float]:
 
 TICK = 1.0  # seconds from look to look
 GRACE = 10.0  # seconds that the main thread still has: to write a checkpoint, or to fail by itself
-# In these the ranks may be apart by that many seconds: downloads, compilers, long completions.
-PATIENCE = {"loading": 7_200, "engine start": 7_200, "sampling": 86_400}
+PATIENCE = {"loading": 7_200, "engine start": 7_200}  # seconds: downloads and compilers, unseen
 
 # What the others may know of this rank: what it does; how many collectives it has come to, whether
 # it waits in one; its tokens and micro-batches so far, and how many seconds since anything of this
@@ -210,8 +211,9 @@ def watch_others(store: dist.Store, rank_timeout: float) -> None:
 
     Died: its process is gone (looked up on the same machine), or it says that it failed. Hangs: no
     sign of life from its thread for `rank_timeout` seconds, as when it is stopped; or the others
-    wait in a collective to which it has not come for so long, in some phases for longer (PATIENCE);
-    or nothing of it moves for so long, as when all hang in a collective of the engine's own.
+    wait in a collective to which it has not come, and nothing of it moves, for so long, in some
+    phases for longer (PATIENCE); or nothing of any moves for so long, as when all hang in a
+    collective of the engine's own.
     """
     store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     _here.update(pid=os.getpid(), machine=this_machine())
@@ -279,12 +281,18 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
             for other in others:
                 moved = found.get(other) != seen.get(other)
                 silent[other] = 0.0 if moved else silent[other] + passed
-                behind = found.get(other, {}).get("came", 0) < _here["came"]
-                late[other] = late[other] + passed if behind and _here["waits"] else 0.0
+                state, old = found.get(other, {}), seen.get(other, {})
+                behind = _here["waits"] and state.get("came", 0) < _here["came"]
+                stands = state.get("moves") == old.get("moves")  # else it works, however long
+                late[other] = late[other] + passed if behind and stands else 0.0
             seen = found
+            still = _here["still"]  # who has all behind it, and waits, is no fault: all must be
+            for other in others:
+                still = min(still, seen.get(other, {}).get("still", 0.0))
             faults = {}
             for other in others:
-                fault = find_fault(seen.get(other), silent[other], late[other], rank_timeout)
+                times = silent[other], late[other], still
+                fault = find_fault(seen.get(other), *times, rank_timeout)
                 if fault:
                     faults[other] = f"rank {other} {fault}"
             if faults and not _told.is_set():
@@ -308,8 +316,14 @@ def read_states(store: dist.Store, ranks: list[int]) -> dict[int, dict]:
     return {rank: json.loads(text) for rank, text in zip(there, texts)}
 
 
-def find_fault(state: dict | None, silent: float, late: float, rank_timeout: float) -> str:
-    """What is wrong with a rank that said `state` of itself, "" for nothing. Times in seconds."""
+def find_fault(
+    state: dict | None, silent: float, late: float, still: float, rank_timeout: float
+) -> str:
+    """What is wrong with a rank that said `state` of itself, "" for nothing.
+
+    In seconds: since its last sign of life, how long the others have waited for it, how long
+    nothing of any rank has moved.
+    """
     if state is None:  # it is about to come, once it has imported everything
         waited = rank_timeout and silent > max(rank_timeout, PATIENCE["loading"])
         return f"has not come for {silent:.0f} s" if waited else ""
@@ -329,8 +343,8 @@ def find_fault(state: dict | None, silent: float, late: float, rank_timeout: flo
     # Where all stand still each is at fault: one rank of each machine is enough to say so. Later
     # than the others wait for one, which says more.
     judge = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if judge and state["still"] > limit + GRACE:
-        return f"has not moved for {state['still']:.0f} s in {phase} (--rank_timeout)"
+    if judge and still > limit + GRACE:
+        return f"has not moved for {still:.0f} s in {phase} (--rank_timeout)"
     return ""
 
 

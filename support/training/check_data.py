@@ -30,7 +30,8 @@ def check_data(settings: dict) -> None:
     faults = []
     for option, asked in sets.items():
         source = settings[option[2:]]
-        rows = load_problems(source, columns, settings["split"], option)
+        split = settings["split" if option == "--data" else "eval_split"]
+        rows = load_problems(source, columns, split, option)
         say(f"{option} {source}: {len(rows):,} problems")
         too_long = report_lengths(rows, asked, tokenizer, settings["thinking"], room)
         report_twice(rows, "problem")

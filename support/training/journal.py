@@ -7,14 +7,14 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from support.shared.console import first_line, progress, say
+from support.shared.console import fail, first_line, progress, say
 from support.shared.files import appender, read_json, write_json
 from support.shared.plots import canvas, log_scale, write_figure
 from support.shared.processes import rank_and_world, reduce_
@@ -64,14 +64,28 @@ PANELS = (  # of curves.png: title, unit, figures
 )
 
 
-def open_journal(out: Path, rows: Iterable[dict], settings: dict, start: int) -> SimpleNamespace:
+def start_wandb(project: str, out: Path, settings: dict) -> ModuleType | None:
+    """wandb on rank 0, where there is a project; exits where it does not start."""
+    if not project or rank_and_world()[0] > 0:
+        return None
+    import wandb
+
+    try:
+        wandb.init(project=project, dir=str(out), config=settings)
+    except Exception as error:
+        fail(f"--wandb {project} ({first_line(error)}): log in (wandb login), or leave it out")
+    return wandb
+
+
+def open_journal(
+    out: Path,
+    rows: Iterable[dict],
+    settings: dict,
+    start: int,
+    wandb: ModuleType | None = None,
+) -> SimpleNamespace:
     """What record_step needs; `rows` are those of the log so far, `start` the first to come."""
     bar = progress(total=settings["steps"], initial=start, desc="train", unit="step")
-    wandb = None
-    if settings["wandb"] and rank_and_world()[0] == 0:
-        import wandb
-
-        wandb.init(project=settings["wandb"], dir=str(out), config=settings)
     # Of each step what the curves show, 8 bytes a figure: a long run must not fill the memory.
     curves = {"step": array("d")}
     for _, _, names in PANELS:
@@ -79,8 +93,6 @@ def open_journal(out: Path, rows: Iterable[dict], settings: dict, start: int) ->
             curves[name] = array("d")
     journal = SimpleNamespace(
         out=out,
-        add_rollouts=appender(out / "rollouts.jsonl"),
-        add_row=appender(out / "log.jsonl"),
         curves=curves,
         seconds=dict.fromkeys(PHASES, 0.0),
         bar=bar,
@@ -91,6 +103,9 @@ def open_journal(out: Path, rows: Iterable[dict], settings: dict, start: int) ->
         drawn=time.perf_counter(),
         drawing=2.0,  # seconds, with the import of matplotlib; then what it took
     )
+    if rank_and_world()[0] == 0:
+        journal.add_rollouts = appender(out / "rollouts.jsonl")
+        journal.add_row = appender(out / "log.jsonl")
     for row in rows:
         remember(journal, row)
     return journal

@@ -14,7 +14,7 @@ SPARE = 5.0  # GiB for the CUDA context, vLLM's graphs, NCCL, and what the estim
 
 SMALL = {"checkpointing": True, "micro_batch_tokens": 2_048}
 HF = {"engine_tp": 0}
-WAYS_TO_FIT = {  # they change time and memory, and nothing else; the cheapest first
+WAYS_TO_FIT = {  # the cheapest first; they change time and memory, --engine hf the draws as well
     "": {},
     "--micro_batch_tokens 2048": {"micro_batch_tokens": 2_048},
     "--gradient_checkpointing": {"checkpointing": True},
@@ -92,18 +92,20 @@ def free_memory(device: torch.device) -> float:
 
 def show_start(
     settings: dict,
-    row: dict,
+    prompts: dict[str, list[int]],
     tokenizer,
     engine: str,
     tp: int,
     device: torch.device,
     memory: dict[str, float],
 ) -> dict[str, str]:
-    """Both decoded prompts, settings, versions, device and memory, on the screen. -> name: file"""
-    prompts = ""
-    for who, key in (("student", "prompt_ids"), ("teacher", "teacher_prompt_ids")):
-        text = tokenizer.decode(row[key])
-        prompts += f"--- {who} prompt, {len(row[key])} tokens ---\n{text}\n"
+    """Prompts, settings, versions, device and memory, on the screen. -> name: file
+
+    `prompts` are token ids by role.
+    """
+    shown = ""
+    for role, ids in prompts.items():
+        shown += f"--- {role} prompt, {len(ids)} tokens ---\n{tokenizer.decode(ids)}\n"
     about = versions()
     about["engine"] = engine
     about["tensor_parallel"] = tp
@@ -113,14 +115,14 @@ def show_start(
         about["device"] = torch.cuda.get_device_name()
     about["threads"] = torch.get_num_threads()
 
-    say(prompts.rstrip())
+    say(shown.rstrip())
     show("settings", settings, hidden=("student_prompt", "teacher_prompt"))  # they stand above
     show("versions", about)
     show("GiB a process, estimated", memory)
     return {
         "settings.json": json.dumps(settings, indent=2) + "\n",
         "versions.json": json.dumps(about, indent=2) + "\n",
-        "prompts.txt": prompts,
+        "prompts.txt": shown,
     }
 
 

@@ -116,7 +116,9 @@ def rules_of_the_step(given: argparse.Namespace, world: int) -> list[Rule]:
 def rules_of_prompts(given: argparse.Namespace) -> list[Rule]:
     student_asks = "{problem}" in given.student_prompt
     student_sees = "{solution}" in given.student_prompt
-    teacher_sees = "{solution}" in given.teacher_prompt
+    # CRISP's teacher (baselines.py) has an instruction in the place of the reference.
+    instructed = vars(given).get("method") == "crisp"
+    teacher_sees = instructed or "{solution}" in given.teacher_prompt
     return [
         (
             not student_asks or student_sees or not teacher_sees,

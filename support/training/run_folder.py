@@ -157,9 +157,14 @@ def whole_checkpoint(out: Path) -> Path | None:
     return found
 
 
-def was_begun(out: Path) -> bool:
-    """Whether there is a run to resume, however short."""
-    return (out / "settings.json").exists() or latest_checkpoint(out) is not None
+def method_begun(out: Path) -> str | None:
+    """The method of the run that is to be resumed, however short; None where there is none."""
+    for folder in newest_first(out):
+        with contextlib.suppress(ValueError):
+            return read_state(folder)["settings"].get("method", "egrsd")
+    if not (out / "settings.json").exists():
+        return None
+    return read_json(out / "settings.json", {}).get("method", "egrsd")
 
 
 def holds_a_run(out: Path) -> bool:
