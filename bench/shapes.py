@@ -47,7 +47,6 @@ def config_of(shape: str):
         vocab_size=vocab,
         tie_word_embeddings=tied,
         max_position_embeddings=POSITIONS,
-        # Random weights draw it once in V tokens: rollouts reach their cap.
         eos_token_id=vocab - 1,
         pad_token_id=0,
     )
@@ -61,7 +60,10 @@ def random_model(shape: str, device: torch.device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         model = AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
-    return model.eval().requires_grad_(False)
+    model.requires_grad_(False)
+    # The end token's logit is always 0, never among the 20 highest: rollouts reach their cap.
+    model.get_output_embeddings().weight[-1] = 0
+    return model.eval()
 
 
 def make_folder(shape: str, folder: Path, device: torch.device) -> Path:

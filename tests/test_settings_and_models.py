@@ -174,3 +174,11 @@ def test_a_head_that_is_not_a_plain_product_is_refused() -> None:
         with pytest.raises(SystemExit, match="not hidden @ U.T"):
             check_head(model, s.model, egrsd.hidden_states)
     check_head(LlamaForCausalLM(LlamaConfig(**sizes)), s.model, egrsd.hidden_states)
+
+
+def test_held_out_problems_have_a_split_of_their_own(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(egrsd.data, "load_problems", lambda *of: asked.append(of) or [])
+    egrsd.load_held_out(None, {}, tiny_settings("--eval_data", "on/hub"))
+    egrsd.load_held_out(None, {}, tiny_settings("--eval_data", "on/hub", "--eval_split", "dev"))
+    assert [of[0::2] for of in asked] == [("on/hub", "test"), ("on/hub", "dev")]
