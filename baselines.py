@@ -140,24 +140,25 @@ class ComparisonSettings(Settings):
 def parse_comparison(argv: list[str]) -> ComparisonSettings:
     """Settings as in egrsd.py, with the method's own defaults. Exits with a sentence if wrong."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default="egrsd")
+    first.add_argument("--method")
     first.add_argument("--control", default="none")
     first.add_argument("--preset", default=Settings.preset)
     first.add_argument("--resume", action="store_true")
     first.add_argument("--out", default="")
     seen = first.parse_known_args(argv)[0]
-    name = seen.method if seen.control == "none" else f"{seen.method}-{seen.control}"
+    method = seen.method or ComparisonSettings.method
+    name = method if seen.control == "none" else f"{method}-{seen.control}"
     out = seen.out or f"runs/{seen.preset}-{name}"
     defaults = ["--out", out]
     begun = run_folder.method_begun(Path(out)) if seen.resume else None
-    if begun is None:  # else all is the run's own
-        defaults += METHOD_OPTIONS.get(seen.method, [])
-    s = parse_settings([*defaults, *argv], ComparisonSettings, "baselines.py", __doc__)
-    if begun not in (None, s.method):
+    if begun and seen.method not in (None, begun):
         fail(
             f"{out} was begun with --method {begun}: --overwrite deletes it, --out names another "
             "folder"
         )
+    if not begun:  # else all is the run's own
+        defaults += METHOD_OPTIONS.get(method, [])
+    s = parse_settings([*defaults, *argv], ComparisonSettings, "baselines.py", __doc__)
     check_rules(rules_of(s), fail)
     return s
 

@@ -122,6 +122,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         o.note = W_NOTE
     if s.eval_data and "--data" not in typed and not o.rollouts:
         s.data = s.eval_data  # held-out problems where the preset has them
+        s.split = s.eval_split
     if o.result_after is None:
         o.result_after = saved.get("result_after", "=" if s.preset == "tiny" else "")
     o.out = o.out or default_folder(o, s, source)

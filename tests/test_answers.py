@@ -20,6 +20,12 @@ TINY = ["--preset", "tiny", "--limit", "8", "--K", "3"]
 RIGHT = [  # (answer in the box, gold)
     (r"\text{12 months}", "12"),
     (r"\text{5 apples}", "5"),
+    (r"\text{12 teeth}", "12"),
+    (r"\text{2 booths}", "2"),
+    ("5 N/m", r"5 \text{ N/m}"),
+    (r"\text{5 J/s}", "5 J/s"),
+    (r"\text{3 AM}", r"\text{3 am}"),
+    (r"\textbf{(B)}\ f(A)", r"\text{(B)}"),
     (r"3 \text{ W}", r"3 \text{ J/s}"),
     (r"5 \text{ Pa}", r"5 \text{ N/m}^2"),
     ("E(t) = C e^{-t}", "E(t) = c e^{-t}"),
@@ -226,6 +232,11 @@ WRONG = [
     (r"\text{(A)}, \text{(B)}", r"\text{(A)}"),
     (r"\textbf{(A)} \text{ and } \textbf{(B)}", r"\text{(A)}"),
     (r"\text{5 hundredths}", "5"),
+    (r"\text{5 twelfths}", "5"),
+    (r"\text{3 PM}", r"\text{3 AM}"),
+    (r"3 \text{ J}", r"3 \text{ J/s}"),
+    (r"5 \text{ N}", r"5 \text{ N/m}"),
+    (r"12 \text{ Pa}", r"12 \text{ N/m}"),
     (r"\text{2 squared}", "2"),
     (r"\text{3 pm}", r"\text{3 am}"),
     (r"\text{10 north}", r"\text{10 south}"),
@@ -456,7 +467,7 @@ def test_hostile_answers_time_out(answer: str) -> None:
     began = time.monotonic()
     grade, after = grade_completions([rf"\boxed{{{answer}}}", r"\boxed{\frac{4}{2}}"], ["5", "2"])
     assert (grade.correct, grade.status) == (False, "timeout") and after.correct
-    assert time.monotonic() - began < 8 + 5  # the hard limit, and the start of another worker
+    assert time.monotonic() - began < 8 + 20  # the hard limit, and the start of another worker
 
 
 def gold_against_gold(row: tuple[str, str]) -> tuple[str, bool]:

@@ -4,6 +4,7 @@ The oracles were written from the definitions, not from baselines.py: a float64 
 whole vocabulary and plain loops; no tiles, no micro-batches, no gradient in closed form.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -424,10 +425,12 @@ def test_resume_where_nothing_was_begun_keeps_the_methods_own_options(tmp_path) 
     assert (s.divergence, s.teacher, s.teacher_every) == ("reverse", "copy", 50)
     s = settings_of("--method", "rlsd", "--resume", "--out", tmp_path / "run")
     assert (s.gamma, s.W) == (0, 0)
-    (tmp_path / "settings.json").write_text(json.dumps(vars(s)))  # begun, and without a checkpoint
-    assert settings_of("--resume", "--out", tmp_path).method == "rlsd"
-    with pytest.raises(SystemExit, match="was begun with --method rlsd"):
-        settings_of("--method", "crisp", "--resume", "--out", tmp_path)
+    for method, other in (("rlsd", "crisp"), ("crisp", "opsd")):
+        s = settings_of("--method", method, "--out", tmp_path)
+        (tmp_path / "settings.json").write_text(json.dumps(vars(s)))  # begun, no checkpoint yet
+        assert settings_of("--resume", "--out", tmp_path) == dataclasses.replace(s, resume=True)
+        with pytest.raises(SystemExit, match=f"was begun with --method {method}"):
+            settings_of("--method", other, "--resume", "--out", tmp_path)
 
 
 def test_atesd_learns_once_from_a_step_that_is_done_again() -> None:

@@ -52,7 +52,10 @@ def test_steps_and_pictures_take_no_longer_and_the_start_is_in_proportion(
 ) -> None:
     (row,) = read_log(uninterrupted)[:1]
     row["seconds"] = {"rollout": 1.0, "passes": 1.0, "update": 1.0}
-    start, books, step, draw = {}, {}, {}, {}
+    start = {}  # seconds a line
+    step = {}
+    draw = {}
+    books = {}
     for name, (out, steps) in logs.items():
         start[name] = spent(lambda: books.update({name: open_one(out, steps)})) / steps  # noqa: B023
         step[name] = draw[name] = math.inf

@@ -393,17 +393,20 @@ def test_a_run_that_is_stopped_in_its_last_evaluation_begins_it_again(
     tmp_path, monkeypatch, capsys
 ) -> None:
     runs = []
+    batches = []
     enter = egrsd.processes.enter
 
     def stop_there(phase: str) -> float:
-        if phase == "evaluation":
+        batches.append(phase == "evaluation")
+        if sum(batches) == 2:
             runs[0].stopped.append(0.0)
         return enter(phase)
 
     monkeypatch.setattr(egrsd.processes, "enter", stop_there)
+    monkeypatch.setattr(egrsd, "EVALUATED_AT_ONCE", 2)
     held_out = tmp_path / "few.jsonl"
     held_out.write_text("".join((TINY / "test.jsonl").read_text().splitlines(keepends=True)[:4]))
-    options = (*SMALL[2:3], *SMALL[3:], "--steps", 1, "--out", tmp_path / "run", "--no-eval_before")
+    options = (*SMALL[2:], "--steps", 1, "--out", tmp_path / "run", "--no-eval_before")
     s = tiny_settings(*options, "--eval_data", held_out)
     egrsd.train(s, lambda run, _: runs.append(run))
     assert "stopped in the last evaluation" in capsys.readouterr().out

@@ -48,7 +48,7 @@ def measure(
         "solution": s.solution_column,
         "answer": s.answer_column,
     }
-    rows = data.load_problems(s.eval_data, columns, s.split, "--eval_data")[:limit]
+    rows = data.load_problems(s.eval_data, columns, s.eval_split, "--eval_data")[:limit]
     tokenizer = models.load_tokenizer(s.model)
     base = models.load_base(s.model, device)
     ends = engines.end_tokens(base, tokenizer)

@@ -182,7 +182,7 @@ def check_rows(rows: list[dict], model, name: str, W: int) -> None:
         )
     if too_long:
         fail(
-            f"{len(too_long)} completions do not fit, with their reference, into the {room} "
+            f"{len(too_long)} completions do not fit, with their reference, into the {room:.0f} "
             f"positions of {name} (the first: problem {too_long[0]}): remove them"
         )
     for row in rows:

@@ -50,8 +50,8 @@ _WORD = "|".join(_WORDS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SPACES = r"(?:\\[,;:! ]|~|\s)*"
 # Words behind a number that say more than what is counted.
-_NO_UNIT = r"hal[fv]|third|quarter|(?!month|path|length)\w+ths?\b|squared|cubed|[ap]m\b"
-_NO_UNIT += r"|(?:north|south|east|west)"
+_NO_UNIT = r"hal[fv]|third|quarter|squared|cubed|(?i:[ap]m\b|north|south|east|west)"
+_NO_UNIT += r"|\w*(?:four|fif|six|seven|eigh|nin|ten|lef|elf|teen|tie|red|sand|lion)ths?\b"
 # Spellings that are mended before anything else looks at the answer, at its unit too.
 _TIDYING = (
     (r"^\s*=", ""),
@@ -311,12 +311,13 @@ def answers_match(prediction: str, gold: str, normalise: bool = True, seconds: i
     gold = tidy_answer(gold)
     chosen = _CHOICE.fullmatch(gold)
     if chosen and _CHOICE.match(prediction):  # \textbf{(C) }12, but not two choices
-        return set(re.findall(r"\(([A-F])\)", prediction)) == {chosen[1]}
+        return set(re.findall(r"(?<![A-Za-z])\(([A-F])\)", prediction)) == {chosen[1]}
     if units_differ(prediction, gold) or bases_differ(prediction, gold):
         return False
     if readings_match(prediction, gold, normalise, seconds):
         return True
-    worded = [unit_as_text(prediction), unit_as_text(gold)]
+    both = unit_of(gold) is not None and unit_of(prediction) == unit_of(gold)
+    worded = [unit_as_text(prediction, both), unit_as_text(gold, both)]
     if worded != [prediction, gold] and readings_match(*worded, normalise, seconds):
         return True
     bare = [without_sign(prediction), without_sign(gold)]
@@ -459,7 +460,6 @@ _UNITS = (
     "Hz hertz",
     "Pa pascal pascals",
 )
-_DERIVED = _UNITS[-7:]  # from J on: quotients of others
 _UNIT_OF = {name: line for line in _UNITS for name in line.split()}
 _SHORT = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}
 _PLAIN = r"\s*[-+]?\s*(?:\d[\d.,]*|\.\d+)"  # a number
@@ -498,6 +498,13 @@ def known_unit(words: str, power: str | None) -> tuple[str, ...] | None:
     return *lines, power or "1"
 
 
+_EQUAL_UNITS = (
+    {known_unit("W", None), known_unit("J/s", None)},
+    {known_unit("N", None), known_unit("J/m", None)},
+    {known_unit("Pa", None), known_unit("N/m", "2")},
+)
+
+
 def unit_of(answer: str) -> tuple[str, ...] | None:
     """The unit that we know of those it ends in, or dollars before it, and the unit's power.
 
@@ -519,27 +526,25 @@ def unit_of(answer: str) -> tuple[str, ...] | None:
     return known_unit(found[2], found[3]) if found else None
 
 
-def unit_as_text(answer: str) -> str:
+def unit_as_text(answer: str, both: bool) -> str:
     """12 \\text{ m/s} for 12 m/s, which math-verify reads as a quotient, and 12 USD.
 
-    Letters stay, but for those of m/s: 12 N may be a product, and 2h/g a quotient.
+    Letters stay, but for those of m/s and where `both` answers end in this unit: 12 N may be a
+    product, and 2h/g a quotient.
     """
     found = _PLAIN_WITH_UNIT.match(answer)
     if not found or not known_unit(found[2], found[3]):
         return answer
     letters = re.split(r"\s*/\s*", found[2])
-    if letters != ["m", "s"] and max(map(len, letters)) == 1:
+    if not both and letters != ["m", "s"] and max(map(len, letters)) == 1:
         return answer
     return rf"{found[1]} \text{{ {found[2]}}}"
 
 
 def units_differ(prediction: str, gold: str) -> bool:
-    """Does each end in a unit that we know, and in another one? W may well be J/s."""
+    """Does each end in a unit that we know, and in another one?"""
     units = [unit_of(prediction), unit_of(gold)]
-    if None in units or units[0] == units[1]:
-        return False
-    shorter, longer = sorted(units, key=len)
-    return len(shorter) == len(longer) or shorter[0] not in _DERIVED
+    return None not in units and units[0] != units[1] and {*units} not in _EQUAL_UNITS
 
 
 def bases_differ(prediction: str, gold: str) -> bool:

@@ -255,7 +255,7 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
     others = [other for other in range(world) if other != rank]
     seen = {}
     silent = dict.fromkeys(others, 0.0)  # seconds since a sign of life
-    late = dict.fromkeys(others, 0.0)  # seconds that this rank has waited for it in a collective
+    late = dict.fromkeys(others, 0.0)  # ... that this rank waits for it, and it does not move
     position = ()  # what this rank has come to
     ends = math.inf  # when this process does, whatever its main thread waits for
     faults = {}  # rank -> what is wrong with it
@@ -281,7 +281,8 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
             for other in others:
                 moved = found.get(other) != seen.get(other)
                 silent[other] = 0.0 if moved else silent[other] + passed
-                state, old = found.get(other, {}), seen.get(other, {})
+                state = found.get(other, {})
+                old = seen.get(other, {})
                 behind = _here["waits"] and state.get("came", 0) < _here["came"]
                 stands = state.get("moves") == old.get("moves")  # else it works, however long
                 late[other] = late[other] + passed if behind and stands else 0.0
@@ -321,8 +322,8 @@ def find_fault(
 ) -> str:
     """What is wrong with a rank that said `state` of itself, "" for nothing.
 
-    In seconds: since its last sign of life, how long the others have waited for it, how long
-    nothing of any rank has moved.
+    In seconds: since its last sign of life; how long the others have waited for it and nothing of
+    it has moved; how long nothing of any rank has.
     """
     if state is None:  # it is about to come, once it has imported everything
         waited = rank_timeout and silent > max(rank_timeout, PATIENCE["loading"])

@@ -116,7 +116,9 @@ def show_start(
     about["threads"] = torch.get_num_threads()
 
     say(shown.rstrip())
-    show("settings", settings, hidden=("student_prompt", "teacher_prompt"))  # they stand above
+    show(
+        "settings", settings, hidden=("student_prompt", "teacher_prompt")
+    )  # those in use stand above
     show("versions", about)
     show("GiB a process, estimated", memory)
     return {
