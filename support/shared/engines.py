@@ -155,7 +155,7 @@ def end_tokens(model, tokenizer) -> list[int]:
     return list(dict.fromkeys(ids))  # each once
 
 
-@torch.inference_mode()  # a fifth faster than no_grad for the tiny model, and equal to the bit
+@torch.inference_mode()  # 11 to 18 % faster than no_grad for the tiny model, and bit-equal
 def hf_generate(
     model,
     eos_ids: list[int],
