@@ -229,6 +229,8 @@ def part_update(o: Options) -> Rows:
                 names = cells
             elif "---" not in line:
                 figures = [f"{n} {c}" for n, c in zip(names[1:], cells[1:]) if c]
+                if cells[1].startswith("skipped"):
+                    figures = cells[1:2]
                 yield f"{shape}: {cells[0]}", ", ".join(figures)
 
 
