@@ -1,7 +1,10 @@
 """Fixtures that several test files share, each made once."""
 
+import fcntl
+import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,15 @@ def rollouts(tokenizer) -> list[dict]:
         row["advantage"] = A
     assert len({len(row["completion_ids"]) for row in rows}) > 3
     return rows
+
+
+@pytest.fixture
+def one_shared_engine():
+    """Waits for the other tests: two engines that ranks share cannot be on one machine, since
+    vLLM's CPU build names their memory alike."""
+    with (Path(tempfile.gettempdir()) / f"egrsd-shared-engine-{os.getuid()}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM
 
 @VLLM
 def test_vllm_trains_like_transformers_with_one_process_and_with_two_sharing_an_engine(
-    tmp_path,
+    tmp_path, one_shared_engine
 ) -> None:
     logs = {}
     for name, nproc, options in (("one", 0, ()), ("two", 2, ()), ("apart", 2, ("--rollout_tp", 1))):

@@ -90,7 +90,7 @@ def test_each_rank_holds_its_part_of_the_layers_alone(tmp_path) -> None:
 
 
 @VLLM
-def test_a_sharded_base_beside_vllm(tmp_path) -> None:
+def test_a_sharded_base_beside_vllm(tmp_path, one_shared_engine) -> None:
     options = ("--steps", 2, "--shard", "--engine", "vllm", "--out", tmp_path)
     output = run(*SMALL, *options, nproc=2)
     assert "a random adapter reached the engine" in output
@@ -156,7 +156,7 @@ def test_machines_that_shard_the_base_do_so_each_for_itself(whole, tmp_path) -> 
 
 
 @VLLM
-def test_machines_have_an_engine_each_or_share_one(tmp_path) -> None:
+def test_machines_have_an_engine_each_or_share_one(tmp_path, one_shared_engine) -> None:
     options = (*SMALL, "--steps", 2, "--engine", "vllm")
     run(*options, "--out", tmp_path / "one")
     wanted = read_log(tmp_path / "one")
