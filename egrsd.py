@@ -1239,7 +1239,7 @@ def evaluate(name: str, run: SimpleNamespace, s: Settings) -> dict[str, float]:
         for start in range(0, len(rows), EVALUATED_AT_ONCE):
             processes.enter("evaluation")
             if name == "after" and processes.gather(run.stopped):
-                return {}  # all is saved; before training the first step is to save what there is
+                return {}  # the adapter is saved; "before" goes on: there is nothing to resume yet
             batch = rows[start : start + EVALUATED_AT_ONCE]
             answers = roll_out(
                 run.sample,

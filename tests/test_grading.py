@@ -55,7 +55,7 @@ def test_an_ordinary_batch_takes_under_a_second_and_a_hostile_one_no_longer_than
         began = time.perf_counter()
         (grade,) = grade_completions([text], ["1/3"])
         assert not grade.correct
-        assert time.perf_counter() - began < 8 + 20  # the limit, and the start of another worker
+        assert time.perf_counter() - began < 9  # 8 s, and a loaded machine
     assert grade_completions([r"\boxed{\frac26}"], ["1/3"])[0].correct  # the pool goes on
 
 

@@ -147,7 +147,7 @@ def test_who_waits_for_others_that_still_draw_is_no_fault(monkeypatch) -> None:
 def test_a_rank_of_another_machine_is_not_looked_up_here(monkeypatch) -> None:
     here = processes.this_machine()
     monkeypatch.setitem(processes._here, "machine", here)
-    state = {"phase": "rollout", "still": 0.0, "ended": None, "machine": here, "pid": 1 << 30}
+    state = {"phase": "rollout", "ended": None, "machine": here, "pid": 1 << 30}
     assert "died" in processes.find_fault(state, 0.0, 0.0, 0.0, 10.0)
     assert processes.find_fault({**state, "machine": "node2 " + here}, 0.0, 0.0, 0.0, 10.0) == ""
     killed = []

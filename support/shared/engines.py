@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from support.shared.console import fail, installed
-from support.shared.models import autocast, head_of
+from support.shared.models import autocast, head_of, heads_of
 from support.shared.processes import note_progress, rank_and_world, ranks_here, reduce_
 
 AT_ONCE = 128  # ours: prompts of transformers' generate side by side
@@ -51,8 +51,7 @@ def tensor_parallel(wanted: int, config) -> int:
     """
     here = ranks_here()
     machines = rank_and_world()[1] // here
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads, kv_heads, _ = heads_of(config)
     possible = [n for n in range(1, here + 1) if here % n == 0]
     possible += [n * here for n in range(2, machines + 1) if machines % n == 0]
     fits = []
@@ -71,10 +70,7 @@ def tensor_parallel(wanted: int, config) -> int:
 
 def kv_cache_bytes(config, device: torch.device, tp: int, tokens: int) -> int:
     """Room in one rank's cache for that many tokens and a tenth more."""
-    head_dim = getattr(config, "head_dim", None)
-    if not head_dim:
-        head_dim = config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    _, kv_heads, head_dim = heads_of(config)
     heads = math.ceil(kv_heads / tp)  # of this rank
     width = 2 if device.type == "cuda" else 4
     per_token = 2 * config.num_hidden_layers * heads * head_dim * width

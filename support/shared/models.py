@@ -168,24 +168,35 @@ def load_skeleton(model: str, trust_remote_code: bool = False):
 
 
 def refuse_other_decoders(skeleton, model: str) -> None:
-    """What does not name its parts as Llama, Qwen and Olmo do: GPT-2, models with images."""
-    missing = []
-    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"):
+    """Exits for what names its parts otherwise than Llama, Qwen and Olmo: GPT-2, with images."""
+    lacking = []
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         if getattr(skeleton.config, name, None) is None:
-            missing.append(name)
-    if missing or not hasattr(getattr(skeleton, skeleton.base_model_prefix), "layers"):
+            lacking.append(name)
+    if not hasattr(getattr(skeleton, skeleton.base_model_prefix), "layers"):
+        lacking.append("layers")
+    if lacking:
         fail(
-            f"--model {model}: no {(missing or ['layers'])[0]}. What can be trained are decoders "
-            "that are built like those of Llama, Qwen and Olmo"
+            f"--model {model}: no {lacking[0]}. What can be trained are decoders that are built "
+            "like those of Llama, Qwen and Olmo"
         )
+
+
+def heads_of(config) -> tuple[int, int, int]:
+    """Query heads, key heads (as many as values) and the size of a head."""
+    queries = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return queries, keys, size
 
 
 def context_of(config) -> float:
     """Tokens that a model reads: its configuration's, or what YaRN and its like make of them."""
     said = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
-    stretched = rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0)
-    return max(said, stretched)
+    factor = rope.get("factor") or 1
+    original = rope.get("original_max_position_embeddings") or 0
+    return max(said, factor * original)
 
 
 def head_of(model) -> Tensor:

@@ -295,8 +295,8 @@ def watch(store: dist.Store, rank_timeout: float) -> None:
                 still = min(still, seen.get(other, {}).get("still", 0.0))
             faults = {}
             for other in others:
-                times = silent[other], late[other], still
-                fault = find_fault(seen.get(other), *times, rank_timeout)
+                state = seen.get(other)
+                fault = find_fault(state, silent[other], late[other], still, rank_timeout)
                 if fault:
                     faults[other] = f"rank {other} {fault}"
             if faults and not _told.is_set():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from support.shared.engines import kv_cache_bytes
-from support.shared.models import head_of
+from support.shared.models import head_of, heads_of
 
 GIB = 2**30
 
@@ -35,10 +35,7 @@ class Sizes:
 def sizes_of(skeleton, targets: list[str], rank: int) -> Sizes:
     """Of a model on the meta device, as models.load_skeleton gives it."""
     config = skeleton.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None)
-    if not head_dim:
-        head_dim = config.hidden_size // config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    queries, keys, head_dim = heads_of(config)
     linear = 0
     adapter = 0
     adapted = 0
@@ -55,7 +52,7 @@ def sizes_of(skeleton, targets: list[str], rank: int) -> Sizes:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         mlp=mlp_width(config),
-        queries=config.num_attention_heads * head_dim,
+        queries=queries * head_dim,
         keys=keys * head_dim,
         vocab=head_of(skeleton).shape[0],
         base=sum(p.numel() for p in skeleton.parameters()),

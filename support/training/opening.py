@@ -116,9 +116,8 @@ def show_start(
     about["threads"] = torch.get_num_threads()
 
     say(shown.rstrip())
-    show(
-        "settings", settings, hidden=("student_prompt", "teacher_prompt")
-    )  # those in use stand above
+    # The prompts in use stand above.
+    show("settings", settings, hidden=("student_prompt", "teacher_prompt"))
     show("versions", about)
     show("GiB a process, estimated", memory)
     return {
